@@ -1,0 +1,117 @@
+"""Small tools that every part shares: image files, a running mean, the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its message is the one line they are shown."""
+
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Read an image file as RGB, uint8, (H, W, 3).
+
+    Grey, alpha and 16-bit files are converted to 8-bit RGB; an EXIF rotation is applied.
+
+    Raises:
+        UserError: the file is missing, unreadable or not an image.
+    """
+    try:
+        # imdecode rather than imread: imread cannot open non-ASCII paths on Windows
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as e:
+        raise UserError(f"cannot read the image {path}: {e.strerror or e}") from None
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if image is None:
+        raise UserError(f"cannot read the image {path}: it is empty, damaged or not an image")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def save_image(path: str | Path, img: np.ndarray) -> None:
+    """Write an RGB uint8 (H, W, 3) array; the file type follows from the suffix.
+
+    Raises:
+        UserError: the folder is missing or not writable, or the suffix is unknown.
+    """
+    try:
+        encoded = cv2.imencode(Path(path).suffix, cv2.cvtColor(img, cv2.COLOR_RGB2BGR))[1]
+        encoded.tofile(path)
+    except (OSError, cv2.error) as e:
+        raise UserError(f"cannot write the image {path}: {e}") from None
+
+
+def resize_image(
+    img: np.ndarray, size: tuple[int, int], interpolation: int = cv2.INTER_LINEAR
+) -> np.ndarray:
+    """Resize an (H, W, C) array to size = (width, height)."""
+    return cv2.resize(img, size, interpolation=interpolation)
+
+
+class AverageMeter:
+    """The last value and the running mean of a quantity."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = self.avg = self.sum = 0.0
+        self.count = 0
+
+    def update(self, val: float, n: int = 1) -> None:
+        """Add `val`, the mean over `n` samples."""
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count if self.count else 0.0
+
+
+def warmup_cosine(
+    step: int, warmup: int, total: int, start: float, peak: float, end: float
+) -> float:
+    """The learning rate of one step.
+
+    1. step < warmup: a line from `start` to `peak`;
+    2. warmup <= step < total: half a cosine from `peak` to `end` (Loshchilov & Hutter, 2017, eq. 5);
+    3. later: `end`, for a run that goes on past its horizon.
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    if step < total:
+        progress = (step - warmup) / (total - warmup)
+        return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+    return end
+
+
+class LinearWarmupCosineAnnealingLR(torch.optim.lr_scheduler.LRScheduler):
+    """`warmup_cosine` as a torch scheduler; `warmup` and `max` count iterations.
+
+    The rate is a pure function of `last_epoch` (the iteration), so a scheduler that was set to any
+    iteration, past the horizon included, gives the rate a run from the start would have there.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup: int,
+        max: int,  # noqa: A002 - the course's name
+        warmup_start_lr: float = 0.0,
+        eta_min: float = 1e-8,
+        last_epoch: int = -1,
+    ) -> None:
+        self.warmup, self.max = warmup, max
+        self.warmup_start_lr, self.eta_min = warmup_start_lr, eta_min
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[float]:
+        return [
+            warmup_cosine(
+                self.last_epoch, self.warmup, self.max, self.warmup_start_lr, base, self.eta_min
+            )
+            for base in self.base_lrs
+        ]
