@@ -88,7 +88,8 @@ default_cnn_model = SimpleNet
 # ---------------------------------------------------------------------------------------------
 
 
-# Up to here the plain softmax is faster than the fused kernel, above it is slower (CPU and GPU).
+# Up to here forward and backward of the plain softmax are no slower than those of the fused kernel
+# (CPU, 1 and 2 threads: 16 tokens -5 %, 64 tokens equal); at 256 tokens the fused one is ahead.
 MAX_TOKENS_EXPLICIT = 64
 
 
