@@ -302,17 +302,10 @@ def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.nd
     )
 
 
+AUGMENTATION = (Scale, RandomHorizontalFlip, RandomColor, RandomRotate, RandomSizedCrop)
 FUSED = {
+    (*AUGMENTATION, ToTensor, Normalize): _train,
     (Scale, CenterCrop, ToTensor, Normalize): _val,
-    (
-        Scale,
-        RandomHorizontalFlip,
-        RandomColor,
-        RandomRotate,
-        RandomSizedCrop,
-        ToTensor,
-        Normalize,
-    ): (_train),
 }
 
 
