@@ -337,6 +337,7 @@ def test_silence_counts_as_a_broken_connection(site, tmp_path):
     site.stall = 1.5
     code, said = download(tmp_path, site, MINIPLACES_TIMEOUT="0.5")
     assert code == 0, said
+    assert any(wanted for _, wanted in site.requests)  # it hung up and asked for the rest
     assert_whole(tmp_path)
 
 
