@@ -206,8 +206,7 @@ def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | N
         step_size=2.5 * TRAINING_EPSILON / max(args.pgd_steps, 1),  # Madry et al., 2018
         steps=args.pgd_steps,
         random_start=True,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        pixels=Pixels(IMAGENET_MEAN, IMAGENET_STD),
     )
     return AdversarialTraining(attack, args.pgd_prob, args.pgd_blend, total_steps // 2)
 
