@@ -30,13 +30,12 @@ SIMPLENET = {
 }
 
 
-@pytest.mark.parametrize("module", ["student_code", "custom_blocks", "attacks", "geometry"])
-def test_importing_needs_torch_alone(module):
+def test_importing_needs_torch_alone():
     script = (
         "import sys\n"
         "absent = ['cv2', 'torchvision', 'PIL', 'tensorboard', 'matplotlib', 'utils']\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        f"import {module}"
+        "import student_code, custom_blocks, attacks, geometry"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=CODE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
