@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from custom_affine import inscribed_size
 from custom_transforms import (
     IMAGENET_MEAN,
