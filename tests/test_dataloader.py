@@ -10,6 +10,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
 from custom_dataloader import (
     EpochBatches,
     MiniPlacesLoader,
@@ -31,9 +35,6 @@ from custom_transforms import (
     Scale,
     ToTensor,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader
 from utils import UserError, save_image
 
 NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
