@@ -98,7 +98,7 @@ def _convolve(
     """Y = X Wᵀ + 1 bᵀ, as y (N, C_o, H_o, W_o)."""
     C_o, C_i, K, _ = w.shape
     y = _new_image(x, w, C_o, *(_out_size(size, K, stride, padding) for size in x.shape[2:]))
-    W = w.permute(2, 3, 1, 0).reshape(K * K * C_i, C_o)
+    W = w.permute(2, 3, 1, 0).contiguous().view(K * K * C_i, C_o)
     for n, X in _im2col(x, K, stride, padding):
         Y = _rows(y[n])
         torch.bmm(X, W.expand(len(X), -1, -1), out=Y)
