@@ -7,7 +7,8 @@ Part III  PGD adversarial samples and the pictures that show them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -92,6 +93,22 @@ def _im2col(
         yield n, columns[:m].view(m, H_o * W_o, K * K * C)
 
 
+def _outside_compile(function: Callable) -> Callable:
+    """Break torch.compile's graph here: it would unroll the loop over images.
+
+    Not torch.compiler.disable as a decorator, which imports the compiler (seconds) for everyone.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args)
+        return function(*args)
+
+    return call
+
+
+@_outside_compile
 def _convolve(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, stride: int, padding: int
 ) -> torch.Tensor:
@@ -101,12 +118,13 @@ def _convolve(
     W = w.permute(2, 3, 1, 0).contiguous().view(K * K * C_i, C_o)
     for n, X in _im2col(x, K, stride, padding):
         Y = _rows(y[n])
-        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)
+        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)  # out=: autocast leaves it alone
         if b is not None:
             Y += b
     return y
 
 
+@_outside_compile
 def _weight_gradient(
     g: torch.Tensor, x: torch.Tensor, K: int, stride: int, padding: int
 ) -> torch.Tensor:
@@ -120,6 +138,7 @@ def _weight_gradient(
     return total.to(g.dtype).view(C_o, K, K, C_i).permute(0, 3, 1, 2)
 
 
+@_outside_compile
 def _input_gradient(
     g: torch.Tensor, w: torch.Tensor, size: tuple[int, int], stride: int, padding: int
 ) -> torch.Tensor:
