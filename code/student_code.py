@@ -8,10 +8,25 @@ Part III  PGD adversarial samples and the pictures that show them
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from custom_blocks import (
+    MLP,
+    DropPath,
+    PatchEmbed,
+    trunc_normal_,
+    window_partition,
+    window_unpartition,
+)
+
+# Pixels in [0, 1] reach a network as (pixel - mean) / std, one value per colour channel.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # ---------------------------------------------------------------------------------------------
 # Part I: the convolution
@@ -154,7 +169,7 @@ def _input_gradient(
         G = g[n : n + step].flatten(2)  # (., C_o, L)
         X = g.new_empty(len(G), len(W), L)
         torch.bmm(W.expand(len(G), -1, -1), G, out=X)
-        x[n : n + step] = nn.functional.fold(X, size, K, padding=padding, stride=stride)
+        x[n : n + step] = F.fold(X, size, K, padding=padding, stride=stride)
     return x
 
 
@@ -319,9 +334,216 @@ def _one_int(name: str, value: int | tuple[int, int]) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
+class SimpleNet(nn.Module):
+    """A small bottleneck CNN: `(N, 3, H, W)` -> logits `(N, num_classes)`, for H, W >= 32 or so.
+
+    `conv_op` is `nn.Conv2d` or anything with its constructor, such as `CustomConv2d`.
+    """
+
+    def __init__(self, conv_op: type[nn.Module] = nn.Conv2d, num_classes: int = 100):
+        super().__init__()
+        self.features = nn.Sequential(
+            conv_op(3, 64, kernel_size=7, stride=2, padding=3),  # 128 -> 64
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),  # 64 -> 32
+            conv_op(64, 64, kernel_size=1, stride=1, padding=0),
+            nn.ReLU(inplace=True),
+            conv_op(64, 64, kernel_size=3, stride=1, padding=1),
+            nn.ReLU(inplace=True),
+            conv_op(64, 256, kernel_size=1, stride=1, padding=0),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),  # 32 -> 16
+            conv_op(256, 128, kernel_size=1, stride=1, padding=0),
+            nn.ReLU(inplace=True),
+            conv_op(128, 128, kernel_size=3, stride=1, padding=1),
+            nn.ReLU(inplace=True),
+            conv_op(128, 512, kernel_size=1, stride=1, padding=0),
+            nn.ReLU(inplace=True),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Kaiming's normal initialisation (He et al., 2015), whatever class the convolution has."""
+        for name, parameter in self.features.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.avgpool(self.features(x))  # (N, 512, 1, 1)
+        return self.fc(x.flatten(1))
+
+
+default_cnn_model = SimpleNet
+
+
 # ---------------------------------------------------------------------------------------------
 # Part II: attention and SimpleViT
 # ---------------------------------------------------------------------------------------------
+
+
+# Up to here forward and backward of the plain softmax are no slower than those of the fused kernel
+# (CPU, 1 and 2 threads: 16 tokens -5 %, 64 tokens equal); at 256 tokens the fused one is ahead.
+MAX_TOKENS_EXPLICIT = 64
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of a grid: `(B, H, W, C)` -> `(B, H, W, C)`.
+
+    Vaswani et al., 2017, "Attention Is All You Need", equation 1 and section 3.2.2.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} does not split evenly into {num_heads} heads")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`: bool `(B, H, W)`, true where a token may be attended to (at least one each)."""
+        B, H, W, C = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
+        if mask is not None:
+            mask = mask.reshape(B, 1, 1, H * W)
+        if H * W <= MAX_TOKENS_EXPLICIT:
+            scores = (q * self.scale) @ k.transpose(-2, -1)  # (B, heads, N, N)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            out = scores.softmax(dim=-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(B, H, W, C))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block, attention then MLP, each a residual branch: `(B, H, W, C)` -> the same.
+
+    With `window_size` > 0 a token attends only to those of its own window. Windows at the border
+    may be padded; what pads them is never attended to.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        window_size: int = 0,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = norm_layer(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), act_layer=act_layer)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        attend = self.attend_in_windows if self.window_size > 0 else self.attn
+        x = x + self.drop_path(attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attend_in_windows(self, x: Tensor) -> Tensor:
+        B, H, W, _ = x.shape
+        windows, pad_hw = window_partition(x, self.window_size)
+        mask = None
+        if pad_hw != (H, W):
+            ones, _ = window_partition(x.new_ones(B, H, W, 1), self.window_size)
+            mask = ones.squeeze(-1) > 0.5  # (B * windows, ws, ws); padding comes as zeros
+        return window_unpartition(self.attn(windows, mask), self.window_size, pad_hw, (H, W))
+
+
+class SimpleViT(nn.Module):
+    """A small vision transformer: `(N, in_chans, img_size, img_size)` -> `(N, num_classes)`.
+
+    Patches, position embedding, `depth` blocks (those in `window_block_indexes` attend within
+    windows, the others globally), then norm, mean over all tokens, and a linear head
+    (Dosovitskiy et al., 2021; windows as in Li et al., 2022). The rate of stochastic depth grows
+    linearly with depth, from 0 to `drop_path_rate` (Huang et al., 2016).
+    """
+
+    def __init__(
+        self,
+        img_size: int = 128,
+        num_classes: int = 100,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 192,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.1,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        use_abs_pos: bool = True,
+        window_size: int = 4,
+        window_block_indexes: Sequence[int] = (0, 2),
+    ):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is no multiple of patch_size {patch_size}")
+        self.img_size, self.patch_size = img_size, patch_size
+        patch, grid = (patch_size, patch_size), img_size // patch_size
+        self.patch_embed = PatchEmbed(patch, patch, in_chans=in_chans, embed_dim=embed_dim)
+        self.pos_embed = None
+        if use_abs_pos:
+            self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, embed_dim))
+        drop_path = torch.linspace(0, drop_path_rate, depth).tolist()
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                drop_path[i],
+                norm_layer,
+                act_layer,
+                window_size if i in window_block_indexes else 0,
+            )
+            for i in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normals of standard deviation 0.02; biases zero."""
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises `ValueError` when the images do not fit the patches or the positions."""
+        H, W = x.shape[-2:]
+        if self.pos_embed is not None and not H == W == self.img_size:
+            size = self.img_size
+            raise ValueError(f"images are {H}x{W} (height x width), expected {size}x{size}")
+        if H % self.patch_size or W % self.patch_size:
+            raise ValueError(f"image size {H}x{W} is no multiple of the patch {self.patch_size}")
+        x = self.patch_embed(x)  # (N, H', W', C)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=(1, 2)))
+
+
+default_vit_model = SimpleViT
 
 
 # ---------------------------------------------------------------------------------------------
@@ -329,6 +551,161 @@ def _one_int(name: str, value: int | tuple[int, int]) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
+def get_train_transforms():
+    """Random crop, rotation, mirroring and colour: uint8 `(H, W, 3)` -> float `(3, 128, 128)`."""
+    import custom_transforms as transforms  # needs OpenCV, which the networks do without
+
+    return transforms.Compose(
+        [
+            transforms.Scale(144),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomColor(0.15),
+            transforms.RandomRotate(15),
+            transforms.RandomSizedCrop(128),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD)),
+        ]
+    )
+
+
+def get_val_transforms():
+    """The central part of an image: uint8 `(H, W, 3)` -> float `(3, 128, 128)`, normalised."""
+    import custom_transforms as transforms  # needs OpenCV, which the networks do without
+
+    return transforms.Compose(
+        [
+            transforms.Scale(144),
+            transforms.CenterCrop(128),
+            transforms.ToTensor(),
+            transforms.Normalize(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD)),
+        ]
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Part III: adversarial samples
 # ---------------------------------------------------------------------------------------------
+
+
+def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """One value per channel as `(1, C, 1, 1)`, of the type and on the device of `like`."""
+    if like.dim() != 4 or like.shape[1] != len(values):
+        raise ValueError(
+            f"mean and std have {len(values)} channels, the images are {tuple(like.shape)}: "
+            f"expected (N, {len(values)}, H, W), or pass mean and std for these images"
+        )
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+
+@contextmanager
+def under_attack(model: nn.Module) -> Iterator[None]:
+    """Gradients on, evaluation mode, constant parameters; afterwards everything as it was.
+
+    Constant parameters spare the gradients of the weights, which an attack does not use.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class PGDAttack:
+    """Projected gradient descent in the l_inf ball (Madry et al., 2018), in normalised units.
+
+    Plain use is targeted: the loss of the label that the model finds least likely for the clean
+    image descends, and that label stays fixed over the steps (Kurakin et al., 2017, section 2.3).
+    With `targeted=False` the loss of the true label ascends instead.
+
+    `step_size` and `epsilon` are in the units of the normalised input, alike for every channel;
+    `mean` and `std` are those of its normalisation and give the range of valid pixels.
+    """
+
+    def __init__(
+        self,
+        loss_fn: nn.Module,
+        num_steps: int = 10,
+        step_size: float = 0.01,
+        epsilon: float = 0.1,
+        *,
+        targeted: bool = True,
+        random_start: bool = False,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
+        if num_steps < 0 or step_size < 0 or epsilon < 0:
+            raise ValueError("num_steps, step_size and epsilon must not be negative")
+        self.loss_fn = loss_fn
+        self.num_steps = num_steps
+        self.step_size = step_size
+        self.epsilon = epsilon
+        self.targeted = targeted
+        self.random_start = random_start
+        self.mean = mean
+        self.std = std
+
+    def perturb(self, model: nn.Module, input: Tensor, label: Tensor | None = None) -> Tensor:
+        """Adversarial images for the normalised `input` `(N, C, H, W)`, without a graph.
+
+        `label` `(N,)`: the class to reach, or the one to leave when untargeted; without it the
+        least, or most, likely class of the clean image. The model, its parameters and their
+        gradients, and `input` are left as they were, even when the model raises.
+        """
+        with under_attack(model):
+            # At least float32: in bfloat16 a step of 0.01 from a pixel at 2 leads nowhere.
+            x = input.detach().to(torch.promote_types(input.dtype, torch.float32), copy=True)
+            lower, upper = self.bounds(x)
+            if label is None:
+                label = self.default_label(model, input.detach().clone())
+            label = label.detach().clone()  # an inference tensor cannot be saved for backward
+            x_adv = x
+            if self.random_start and self.num_steps > 0:
+                x_adv = lower + (upper - lower) * torch.rand_like(x)
+            direction = -1.0 if self.targeted else 1.0
+            for _ in range(self.num_steps):
+                x_adv = x_adv.detach().requires_grad_(True)
+                loss = self.loss_fn(model(x_adv.to(input.dtype)), label).sum()
+                (gradient,) = torch.autograd.grad(loss, x_adv)
+                x_adv = x_adv.detach() + direction * self.step_size * gradient.sign()
+                x_adv = torch.minimum(torch.maximum(x_adv, lower), upper)
+            return x_adv.detach().to(input.dtype)
+
+    def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest value of every pixel: within epsilon of x, and a pixel in [0, 1]."""
+        mean, std = per_channel(self.mean, x), per_channel(self.std, x)
+        darkest, brightest = (0.0 - mean) / std, (1.0 - mean) / std
+        lower = torch.maximum(x - self.epsilon, darkest)
+        return lower, torch.minimum(x + self.epsilon, brightest)
+
+    @torch.no_grad()
+    def default_label(self, model: nn.Module, x: Tensor) -> Tensor:
+        logits = model(x)
+        return logits.argmin(dim=1) if self.targeted else logits.argmax(dim=1)
+
+
+default_attack = PGDAttack
+
+
+def vis_grid(input: Tensor, n_rows: int = 10) -> Tensor:
+    """A normalised batch `(N, 3, H, W)` as one picture `(3, H', W')` in [0, 1], on the CPU.
+
+    True colours, `n_rows` images side by side (the name is the course's), two black pixels between.
+    """
+    x = input.detach().cpu().float()
+    x = (x * per_channel(IMAGENET_STD, x) + per_channel(IMAGENET_MEAN, x)).clamp(0, 1)
+    columns = min(n_rows, len(x))
+    x = F.pad(x, (2, 0, 2, 0))  # black above and to the left of every image
+    x = torch.cat([x, x.new_zeros(-len(x) % columns, *x.shape[1:])])
+    x = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (3, rows, H, columns, W)
+    return F.pad(x.flatten(3, 4).flatten(1, 2), (0, 2, 0, 2))
+
+
+default_visfunction = vis_grid

@@ -77,7 +77,7 @@ def warmup_cosine(
     """The learning rate of one step.
 
     1. step < warmup: a line from `start` to `peak`;
-    2. warmup <= step < total: half a cosine from `peak` to `end` (Loshchilov & Hutter, 2017, eq. 5);
+    2. warmup <= step < total: half a cosine down to `end` (Loshchilov & Hutter, 2017, eq. 5);
     3. later: `end`, for a run that goes on past its horizon.
     """
     if step < warmup:

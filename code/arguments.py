@@ -1,0 +1,124 @@
+"""Every flag of main.py: its default, its help, and what values it refuses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from checkpoint import parse_interval
+
+KIND_FLAGS = {"use_custom_conv": "custom_conv", "use_vit": "vit", "use_resnet18": "resnet18"}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line and points to --help."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def at_least(kind: type, low: float, high: float = float("inf")):
+    """An argparse type: a number from `low` to `high`."""
+
+    def number(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+        return value
+
+    number.__name__ = kind.__name__
+    return number
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def interval(text: str) -> str:
+    try:
+        parse_interval(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
+def default_workers() -> int:
+    """4, fewer on fewer cores (those this process may use)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, cores or 1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description="Train, evaluate or attack a scene classifier.")
+    add = parser.add_argument
+    add("data_folder", help="holds images/, train.txt and val.txt")
+    add(
+        "-j",
+        "--workers",
+        type=at_least(int, 0),
+        default=default_workers(),
+        help="processes that load images",
+    )
+    add("-p", "--print-freq", type=at_least(int, 1), default=10, help="batches between lines")
+    add("--seed", type=at_least(int, 0), default=2024)
+    add("--gpu", type=at_least(int, -1), default=0, help="id; -1 = CPU")
+    add("--use-mps", action="store_true", help="Apple's GPU")
+
+    add = parser.add_argument_group("network (default: SimpleNet)").add_argument
+    add("--use-custom-conv", action="store_true", help="SimpleNet on our own convolution")
+    add("--use-vit", action="store_true", help="SimpleViT")
+    add("--use-resnet18", action="store_true", help="ResNet-18 with ImageNet weights")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=at_least(int, 1), default=90)
+    add("--start-epoch", type=at_least(int, 0), default=0, help="epochs taken as done already")
+    add("-b", "--batch-size", type=at_least(int, 1), default=256)
+    add("--lr", "--learning-rate", type=at_least(float, 0), default=0.1)
+    add("--warmup", type=at_least(float, 0), default=5, help="epochs")
+    add("--momentum", type=at_least(float, 0, 1), default=0.9, help="SGD alone")
+    add("--wd", "--weight-decay", type=at_least(float, 0), default=1e-4)
+    add("--clip-grad", type=at_least(float, 0), default=1.0, help="ViT only; 0 = off")
+    add("--resume", default="", metavar="FILE", help="a checkpoint to go on from")
+    add("--save-every", type=interval, default="10m", help="10m, 30s, or 200 (steps)")
+
+    add = parser.add_argument_group("adversarial training").add_argument
+    add("--pgd", type=boolean, nargs="?", const=True, default=False, metavar="True|False")
+    add("--pgd-prob", type=at_least(float, 0, 1), default=1.0, help="share of batches attacked")
+    add("--pgd-steps", type=at_least(int, 0), default=3)
+    add("--pgd-blend", type=at_least(float, 0, 1), default=0.0, help="weight of clean pixels")
+
+    add = parser.add_argument_group("instead of training, with --resume").add_argument
+    add("-e", "--evaluate", action="store_true", help="accuracy with mirror averaging")
+    add("-a", "--attack", action="store_true", help="accuracy under the default attack")
+    add("-v", "--vis", action="store_true", help="pictures to TensorBoard, with -e or -a")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; adds `kind`, the network asked for, None for the default.
+
+    Contradictions end the program with one line and exit code 2, before anything is created.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    kinds = [flag for flag in KIND_FLAGS if getattr(args, flag)]
+    passes = [f for f, on in (("-e", args.evaluate), ("-a", args.attack)) if on]
+    if len(kinds) > 1:
+        names = " and ".join("--" + k.replace("_", "-") for k in kinds)
+        parser.error(f"{names} exclude each other")
+    if len(passes) > 1:
+        parser.error("-e and -a exclude each other: run one after the other")
+    if passes and not args.resume:
+        parser.error(f"{passes[0]} needs --resume=FILE, the checkpoint to look at")
+    if args.vis and not passes:
+        parser.error("-v shows what -e or -a looked at: add one of them")
+    if args.pgd and passes:
+        parser.error(f"--pgd trains and {passes[0]} does not: leave one of them out")
+    if args.use_mps and "--gpu" in " ".join(argv or sys.argv[1:]):
+        parser.error("--use-mps and --gpu exclude each other")
+    args.kind = KIND_FLAGS[kinds[0]] if kinds else None
+    return args

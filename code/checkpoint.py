@@ -1,0 +1,235 @@
+"""Everything a run saves and restores, and when it does.
+
+A file appears whole or not at all: it is written beside its place, synced, and renamed.
+Files are only ever read with `weights_only=True`, so that a stranger's cannot run code.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import signal
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils import UserError
+
+LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    epoch: int = 0  # epochs done
+    position: int = 0  # batches done of the epoch under way
+    best_acc1: float = float("-inf")
+    tally: dict = field(default_factory=dict)  # sums over the epoch under way
+    batch_size: int = 0
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; whatever happens, the old or the new content is there, whole.
+
+    Raises:
+        UserError: the disk is full, or the folder is missing or not writable.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}; what was there is intact") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and needs no sync of it
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint on the CPU; `state_dict` comes without wrappers' prefixes.
+
+    Raises:
+        UserError: the file is missing, damaged, no checkpoint, or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        _check_sums(path)
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = f"it asks for {name[1]}" if name else "it holds more than tensors and plain values"
+        raise UserError(f"refused to load {path}: {why}, which could run code") from None
+    except Exception as e:  # a damaged or foreign file can fail at any point of the reading
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from None
+    if not isinstance(content, dict) or not _is_state_dict(content.get("state_dict")):
+        raise UserError(f"{path} is no checkpoint of this project: it has no 'state_dict'")
+    content["state_dict"] = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in content["state_dict"].items()
+    }
+    return content
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items()
+    )
+
+
+def _check_sums(path: Path) -> None:
+    """Every record of a checkpoint carries a CRC-32; torch itself does not look at all of them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        if bad:
+            raise ValueError(f"the checksum of its part {bad} is wrong")
+
+
+def _numpy_scalars() -> list:
+    """What a best accuracy saved as a numpy number needs, under numpy 1's and 2's names."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(t)) for t in (np.float32, np.float64, np.int64)]
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    return [*((scalar, name) for name in names), np.dtype, *kinds]
+
+
+def misfits(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
+    """Why these weights do not fit this network; empty where they do."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    theirs = {k: tuple(v.shape) for k, v in state_dict.items()}
+    return (
+        [f"{k} is missing" for k in own if k not in theirs]
+        + [f"{k} is not part of the network" for k in theirs if k not in own]
+        + [
+            f"{k} is {theirs[k]} in the file and {own[k]} in the network"
+            for k in own
+            if k in theirs and own[k] != theirs[k]
+        ]
+    )
+
+
+def load_weights(model: nn.Module, content: dict, path: str | Path) -> None:
+    """Put a checkpoint's weights into `model`, which stays untouched if they do not fit.
+
+    Raises:
+        UserError: keys or shapes differ, or a weight is not finite.
+    """
+    state_dict = content["state_dict"]
+    if wrong := misfits(model, state_dict):
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise UserError(f"{path} does not fit the network: {'; '.join(wrong[:3])}{more}")
+    bad = [k for k, v in state_dict.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise UserError(f"{path} holds weights that are not finite (nan or inf), in {bad[0]}")
+    model.load_state_dict(state_dict)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, content: dict) -> str | None:
+    """Restore the optimizer's memory (momentum, moments); rates stay those of the command line.
+
+    Returns what could not be restored, in words, or None.
+    """
+    saved = content.get("optimizer")
+    if not saved:
+        return "the file has no optimizer state: momentum starts at zero"
+    own = optimizer.state_dict()
+    if [len(g["params"]) for g in saved["param_groups"]] != [
+        len(g["params"]) for g in own["param_groups"]
+    ]:
+        return "the file's optimizer state is another optimizer's: momentum starts at zero"
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+    return None
+
+
+def progress_of(content: dict, batch_size: int) -> tuple[Progress, str | None]:
+    """How far the run had come, and what of it cannot be restored, in words."""
+    best = content.get("best_acc1", float("-inf"))
+    progress = Progress(int(content.get("epoch", 0)), best_acc1=float(best), batch_size=batch_size)
+    middle = content.get("progress")
+    if not middle or not middle["position"]:
+        return progress, None
+    if middle["batch_size"] != batch_size:
+        return progress, (
+            f"the file was saved in mid-epoch with -b {middle['batch_size']}: "
+            f"epoch {progress.epoch + 1} starts over with -b {batch_size}"
+        )
+    progress.position, progress.tally = middle["position"], middle["tally"]
+    return progress, None
+
+
+class SavePoint:
+    """Says when to save in mid-epoch, and turns Ctrl-C and SIGTERM into a request to stop.
+
+    every: '10m', '30s' (minutes, seconds) or '200' (steps).
+    Inside the `with` block the first signal only sets `stopped_by`, so that the step under way can
+    end and be saved; a second one acts at once.
+    """
+
+    def __init__(self, every: str) -> None:
+        self.every, self.seconds = parse_interval(every)
+        self.stopped_by: signal.Signals | None = None
+        self.steps, self.since = 0, time.monotonic()
+
+    def __enter__(self) -> SavePoint:
+        self.previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped_by = signal.Signals(number)
+        signal.signal(number, self.previous[number])
+
+    def due(self) -> bool:
+        """Count one step; true when a checkpoint is due or a stop was asked for."""
+        self.steps += 1
+        passed = time.monotonic() - self.since if self.seconds else self.steps
+        return passed >= self.every or self.stopped_by is not None
+
+    def saved(self) -> None:
+        self.steps, self.since = 0, time.monotonic()
+
+
+def parse_interval(text: str) -> tuple[int, bool]:
+    """'10m' -> (600, True) in seconds; '200' -> (200, False) in steps.
+
+    Raises:
+        ValueError: anything else, or zero.
+    """
+    match = re.fullmatch(r"(\d+)([ms]?)", text)
+    if not match or int(match[1]) == 0:
+        raise ValueError(f"'{text}' is not an interval like 10m, 30s or 200 (steps)")
+    number, unit = int(match[1]), match[2]
+    return number * (60 if unit == "m" else 1), unit != ""

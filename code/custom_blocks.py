@@ -1,0 +1,113 @@
+"""Transformer pieces that are no part of the exercise: patches, windows, MLP, stochastic depth.
+
+Tokens keep their place on the image grid throughout: `(B, H, W, C)`, as in ViTDet
+(Li et al., 2022, "Exploring Plain Vision Transformer Backbones for Object Detection").
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.init import trunc_normal_
+
+__all__ = [
+    "MLP",
+    "DropPath",
+    "PatchEmbed",
+    "drop_path",
+    "trunc_normal_",
+    "window_partition",
+    "window_unpartition",
+]
+
+
+class PatchEmbed(nn.Module):
+    """One linear map per image patch: `(B, in_chans, H, W)` -> `(B, H', W', embed_dim)`."""
+
+    def __init__(
+        self,
+        kernel_size: tuple[int, int] = (16, 16),
+        stride: tuple[int, int] = (16, 16),
+        padding: tuple[int, int] = (0, 0),
+        in_chans: int = 3,
+        embed_dim: int = 768,
+    ):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1)  # (B, H', W', C)
+
+
+def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut `(B, H, W, C)` into windows, padded with zeros at the bottom and the right.
+
+    Returns the windows `(B * number of windows, window_size, window_size, C)` and the padded
+    height and width.
+    """
+    B, H, W, C = x.shape
+    ws = window_size
+    x = F.pad(x, (0, 0, 0, -W % ws, 0, -H % ws))
+    Hp, Wp = x.shape[1:3]
+    x = x.reshape(B, Hp // ws, ws, Wp // ws, ws, C).transpose(2, 3)
+    return x.reshape(-1, ws, ws, C), (Hp, Wp)
+
+
+def window_unpartition(
+    windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]
+) -> Tensor:
+    """Undo `window_partition`, dropping its padding: windows -> `(B, H, W, C)`."""
+    (Hp, Wp), (H, W), ws = pad_hw, hw, window_size
+    x = windows.reshape(-1, Hp // ws, Wp // ws, ws, ws, windows.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, Hp, Wp, windows.shape[-1])[:, :H, :W].contiguous()
+
+
+class MLP(nn.Module):
+    """Two linear layers with a non-linearity between them, over the last dimension."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features or in_features)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_features or in_features, out_features or in_features)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+def drop_path(
+    x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True
+) -> Tensor:
+    """Zero whole samples with probability `drop_prob`, so that a residual branch is skipped.
+
+    With `scale_by_keep` the survivors grow by 1 / (1 - drop_prob), which keeps the mean.
+    Stochastic depth: Huang et al., 2016, "Deep Networks with Stochastic Depth".
+    """
+    if drop_prob == 0.0 or not training:
+        return x
+    keep = 1.0 - drop_prob
+    mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
+    return x * (mask / keep if scale_by_keep and keep > 0.0 else mask)
+
+
+class DropPath(nn.Module):
+    """`drop_path` as a module: active in training mode alone."""
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"

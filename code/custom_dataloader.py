@@ -1,0 +1,294 @@
+"""The MiniPlaces data set, and loaders whose every sample follows from (seed, epoch, index).
+
+    root/images/train/<letter>/<category>/NNNNNNNN.jpg      root/train.txt   "path label" per line,
+    root/images/val/NNNNNNNN.jpg                            root/val.txt     path below images/
+
+A resumed run must see the pictures it would have seen. So the order of an epoch is computed, not
+drawn (`EpochBatches`), and each sample seeds the random numbers of its own augmentation
+(`Reproducible`): neither the number of workers nor the batch at which a run was cut matters.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from utils import UserError, load_image
+
+# Work is split by image, over processes. OpenCV's own threads would share the same cores, and a
+# forked worker that inherits its thread pool can hang.
+cv2.setNumThreads(0)
+
+MAX_CLASSES = 10_000  # a mangled label must not become the size of a layer
+VALIDATION_BATCH = 100
+
+GET_DATA = "get the images with: sh download_dataset.sh"
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+class MiniPlacesLoader(Dataset):
+    """Images and labels of one split.
+
+    `paths` (relative to `root_folder`/images) and `labels` are in the order of the label file.
+
+    Args:
+        label_file: if not `root_folder`/`split`.txt.
+        transforms: called on each RGB uint8 array (H, W, 3).
+
+    Raises:
+        UserError: a folder or label file is missing, or a line of the label file is wrong.
+    """
+
+    def __init__(
+        self,
+        root_folder: str | Path,
+        label_file: str | Path | None = None,
+        num_classes: int = 100,
+        split: str = "train",
+        transforms: Callable | None = None,
+    ) -> None:
+        if split not in ("train", "val", "test"):
+            raise UserError(f"the split is train, val or test; got {split!r}")
+        self.root_folder = _existing(Path(root_folder))
+        self.image_folder = _existing(self.root_folder / "images")
+        self.label_file = Path(label_file or self.root_folder / f"{split}.txt")
+        self.split = split
+        self.num_classes = num_classes
+        self.transforms = transforms
+        self.paths, self.labels = read_label_file(self.label_file, num_classes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | np.ndarray, int]:
+        image = load_image(self.image_folder / self.paths[index])
+        if self.transforms is not None:
+            image = self.transforms(image)
+        return image, self.labels[index]
+
+    def get_index_mapping(self) -> dict[str, str]:
+        """Label id, as a string, to category name: {"0": "abbey", ...}.
+
+        The name is what stands between letter and file in the training paths ("bakery/shop").
+        """
+        paths, labels = self.paths, self.labels
+        if self.split != "train":
+            paths, labels = read_label_file(self.root_folder / "train.txt", self.num_classes)
+        names = {n: "/".join(p.split("/")[2:-1]) for p, n in zip(paths, labels, strict=True)}
+        return {str(label): names[label] or str(label) for label in sorted(names)}
+
+
+def count_classes(root_folder: str | Path) -> int:
+    """One more than the largest label in train.txt, and in val.txt where there is one.
+
+    Raises:
+        UserError: train.txt is missing, or a line of either file is wrong.
+    """
+    root = _existing(Path(root_folder))
+    files = [root / "train.txt", *(f for f in [root / "val.txt"] if f.exists())]
+    return 1 + max(label for f in files for label in read_label_file(f, MAX_CLASSES)[1])
+
+
+def read_label_file(path: Path, num_classes: int) -> tuple[list[str], list[int]]:
+    """The image paths and the labels of a file with one `path label` per line.
+
+    Byte-order mark, CRLF and blank lines are accepted.
+
+    Raises:
+        UserError: names the file and the line that is not UTF-8, not `path label`, out of range,
+            outside the image folder, or there twice.
+    """
+    lines_of: dict[str, int] = {}
+    labels = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        image, label = _parse_line(line, num_classes, where := f"{path}, line {number}")
+        if lines_of.setdefault(image, number) != number:
+            raise UserError(f"{where}: {image} is listed already, in line {lines_of[image]}")
+        labels.append(label)
+    if not labels:
+        raise UserError(f"{path} lists no images; {GET_DATA}")
+    return list(lines_of), labels
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        raise UserError(f"there is no label file {path}; {GET_DATA}") from None
+    except OSError as e:
+        raise UserError(f"cannot read the label file {path}: {e.strerror or e}") from None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        try:
+            yield line.removesuffix(b"\r").decode()
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: this is not UTF-8 text") from None
+
+
+def _parse_line(line: str, num_classes: int, where: str) -> tuple[str, int]:
+    fields = line.strip(" \t").rsplit(maxsplit=1)
+    # int() alone would accept 1_0, +1 and other scripts' digits, and reject over-long ones
+    if len(fields) != 2 or not (fields[1].isascii() and fields[1].isdigit()):
+        raise UserError(f"{where}: expected 'path label', got {_shorten(line)}")
+    image, label = fields
+    if len(label) > 9 or int(label) >= num_classes:
+        raise UserError(f"{where}: label {label[:20]} is not in 0..{num_classes - 1}")
+    if not _stays_inside(image):
+        raise UserError(f"{where}: {_shorten(image)} is not a plain path below the image folder")
+    return image, int(label)
+
+
+def _stays_inside(path: str) -> bool:
+    """Relative, forward slashes, no drive, no step up or in place: one spelling for each file."""
+    parts = path.split("/")
+    return path.isprintable() and not (
+        "\\" in path or ":" in parts[0] or any(p in ("", ".", "..") for p in parts)
+    )
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _existing(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; {GET_DATA}")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Reproducible batches
+# ---------------------------------------------------------------------------------------------
+
+
+class EpochBatches:
+    """A batch sampler whose order follows from (seed, epoch); yields lists of (epoch, index).
+
+    The last partial batch is dropped. Call `set_position` before each epoch; the length is always
+    that of a whole epoch.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.set_position(0)
+
+    def set_position(self, epoch: int, start_batch: int = 0) -> None:
+        """The next iteration yields the batches of `epoch` from `start_batch` on."""
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def indices(self, epoch: int, batch: int) -> list[int]:
+        """The samples of one batch, to name them in a message."""
+        start = batch * self.batch_size
+        return self._order(epoch)[start : start + self.batch_size].tolist()
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, size = self.epoch, self.batch_size
+        order = self._order(epoch).tolist()
+        for batch in range(self.start_batch, len(self)):
+            yield [(epoch, index) for index in order[batch * size : (batch + 1) * size]]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.n)
+
+
+class Reproducible(Dataset):
+    """`dataset` under keys (epoch, index): each sample's random numbers follow from (seed, key).
+
+    Python's, NumPy's and torch's generators are seeded before each sample, for the transforms of
+    students, too, and put back after each batch, since without workers they are the trainer's own.
+
+    A UserError is returned in the batch's place: raised in a worker, torch would wrap it in that
+    worker's traceback. `Batches` raises it.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> list | UserError:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        try:
+            return [self._sample(*key) for key in keys]
+        except UserError as e:
+            return e
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
+
+    def _sample(self, epoch: int, index: int):
+        random.seed(f"{self.seed} {epoch} {index}")  # a string is hashed: neighbours differ
+        np.random.seed(random.getrandbits(32))  # noqa: NPY002 - the generator students use
+        # not torch.manual_seed, which would reseed the GPU as well
+        torch.default_generator.manual_seed(random.getrandbits(63))
+        return self.dataset[index]
+
+
+class Batches(DataLoader):
+    """A DataLoader over `Reproducible`: raises a worker's UserError as it was."""
+
+    def __init__(self, dataset: Dataset, batch_sampler, seed: int, workers: int, **options) -> None:
+        super().__init__(
+            Reproducible(dataset, seed),
+            batch_sampler=batch_sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_collate,
+            worker_init_fn=_ignore_interrupt,
+            # DataLoader draws a seed for each pass; from here, not from the trainer's numbers
+            generator=torch.Generator(),
+            **options,
+        )
+
+    def __iter__(self) -> Iterator:
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; it is the trainer that decides what to do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _collate(samples: list | UserError):
+    return samples if isinstance(samples, UserError) else default_collate(samples)
+
+
+def training_batches(
+    dataset: Dataset, batch_size: int, seed: int, workers: int, pin_memory: bool = False
+) -> Batches:
+    """Shuffled batches (N, C, H, W), (N,); `.batch_sampler.set_position(epoch, batch)` steers them.
+
+    Raises:
+        UserError: there are fewer images than one batch takes.
+    """
+    if len(dataset) < batch_size:
+        raise UserError(
+            f"{len(dataset)} training images do not fill one batch of {batch_size}; "
+            f"use -b {len(dataset)} or less"
+        )
+    sampler = EpochBatches(len(dataset), batch_size, seed)
+    return Batches(dataset, sampler, seed, workers, pin_memory=pin_memory)
+
+
+def validation_batches(dataset: Dataset, workers: int, pin_memory: bool = False) -> Batches:
+    """All images in order, in batches of 100; transforms that draw, draw the same every time."""
+    keys = [(0, index) for index in range(len(dataset))]
+    batches = [keys[i : i + VALIDATION_BATCH] for i in range(0, len(keys), VALIDATION_BATCH)]
+    return Batches(dataset, batches, 0, workers, pin_memory=pin_memory)

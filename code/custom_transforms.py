@@ -1,0 +1,333 @@
+"""Image augmentation: uint8 RGB arrays (H, W, 3) in, float tensors (C, H, W) out.
+
+Every random class draws from Python's `random` in its `sample` method and nowhere else, so a seed
+fixes the picture. Run one after the other, the classes below resample an image three times and pass
+over it nine. `Compose` knows the two sequences the course uses; for these it draws the same random
+numbers in the same order, but maps the image once (one affine warp, one table per channel). Any
+other sequence, a subclass or a reordered list included, runs step by step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import torch
+
+from custom_affine import Affine, compose, inscribed_size, rotation, warp_image
+from utils import resize_image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+LEVELS = np.tile(np.arange(256, dtype=np.float32), (3, 1))  # every grey level, per channel
+
+
+class Scale:
+    """Resize so that the shorter side is `size` (an int), or to `size` = (width, height).
+
+    Always with the same interpolation, bilinear unless told otherwise: an evaluation must give the
+    same figure twice. Bilinear aliases on strong reductions; cv2.INTER_AREA does not.
+    """
+
+    def __init__(self, size: int | Sequence[int], interpolation: int = cv2.INTER_LINEAR) -> None:
+        self.size = _positive(size) if isinstance(size, int) else _pair(size)
+        self.interpolation = interpolation
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) that an image of this size is given."""
+        if not isinstance(self.size, int):
+            return self.size
+        short = min(width, height)
+        return (
+            self.size if width == short else round(width * self.size / short),
+            self.size if height == short else round(height * self.size / short),
+        )
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        height, width = img.shape[:2]
+        size = self.target(width, height)
+        return img if size == (width, height) else resize_image(img, size, self.interpolation)
+
+    def __repr__(self) -> str:
+        return f"Scale({self.size})"
+
+
+class CenterCrop:
+    """Cut the middle out, `size` = (width, height), or a square for an int.
+
+    Raises:
+        ValueError: the image is smaller than the crop.
+    """
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        self.size = _pair(size)
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        width, height = self.size
+        if img.shape[0] < height or img.shape[1] < width:
+            raise ValueError(
+                f"cannot cut {width}x{height} out of an image of {img.shape[1]}x{img.shape[0]}"
+            )
+        y, x = (img.shape[0] - height) // 2, (img.shape[1] - width) // 2
+        return img[y : y + height, x : x + width]
+
+    def __repr__(self) -> str:
+        return f"CenterCrop({self.size})"
+
+
+class RandomSizedCrop:
+    """Cut out a rectangle of random area, shape and place; resize it to `size` (bilinear).
+
+    The area is uniform in `area_range` (a share of the image), the width over the height
+    log-uniform in `ratio_range`, the place uniform. If `tries` rectangles in a row do not fit, the
+    largest central square is taken. Inception (Szegedy et al., 2015, sec. 6) starts at 8 % of the
+    area; 128-pixel scenes lose their subject there, hence 25 %.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        area_range: tuple[float, float] = (0.25, 1.0),
+        ratio_range: tuple[float, float] = (3 / 4, 4 / 3),
+        tries: int = 10,
+    ) -> None:
+        self.size = _pair(size)
+        self.area_range = _interval("area_range", area_range, upper=1.0)
+        self.ratio_range = _interval("ratio_range", ratio_range)
+        self.tries = tries
+
+    def sample(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Draw the rectangle (x, y, width, height)."""
+        low, high = map(math.log, self.ratio_range)
+        for _ in range(self.tries):
+            area = width * height * random.uniform(*self.area_range)
+            ratio = math.exp(random.uniform(low, high))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return random.randint(0, width - w), random.randint(0, height - h), w, h
+        side = min(width, height)
+        return (width - side) // 2, (height - side) // 2, side, side
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        x, y, w, h = self.sample(img.shape[1], img.shape[0])
+        return resize_image(img[y : y + h, x : x + w], self.size)
+
+    def __repr__(self) -> str:
+        return f"RandomSizedCrop({self.size}, area_range={self.area_range})"
+
+
+class RandomHorizontalFlip:
+    """Mirror left and right with probability `p`."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        if not 0 <= p <= 1:
+            raise ValueError(f"a probability lies in [0, 1]; got {p}")
+        self.p = p
+
+    def sample(self) -> bool:
+        return random.random() < self.p
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(img[:, ::-1]) if self.sample() else img
+
+    def __repr__(self) -> str:
+        return f"RandomHorizontalFlip({self.p})"
+
+
+class RandomColor:
+    """Multiply each channel by its own gain, uniform in [1 - r, 1 + r]; clip to 0..255."""
+
+    def __init__(self, color_range: float) -> None:
+        if not 0 <= color_range <= 1:
+            raise ValueError(f"color_range lies in [0, 1]; got {color_range}")
+        self.color_range = color_range
+
+    def sample(self) -> list[float]:
+        r = self.color_range
+        return [random.uniform(1 - r, 1 + r) for _ in range(3)]
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        table = _gain_table(self.sample())  # (3, 256)
+        return cv2.LUT(img, np.ascontiguousarray(table.T)[None])
+
+    def __repr__(self) -> str:
+        return f"RandomColor({self.color_range})"
+
+
+class RandomRotate:
+    """Rotate by an angle uniform in [-degree_range, degree_range] degrees; keep no black corner.
+
+    What remains is the largest upright rectangle inside the rotated image.
+    """
+
+    def __init__(self, degree_range: float) -> None:
+        if not 0 <= degree_range <= 180:
+            raise ValueError(f"degree_range lies in [0, 180]; got {degree_range}")
+        self.degree_range = degree_range
+
+    def sample(self) -> float:
+        """Draw the angle, in radians, counter-clockwise."""
+        return math.radians(random.uniform(-self.degree_range, self.degree_range))
+
+    def __call__(self, img: np.ndarray) -> np.ndarray:
+        angle = self.sample()
+        size = inscribed_size(img.shape[1], img.shape[0], angle)
+        return warp_image(img, rotation((img.shape[1], img.shape[0]), size, angle), size)
+
+    def __repr__(self) -> str:
+        return f"RandomRotate({self.degree_range})"
+
+
+class ToTensor:
+    """(H, W, C) array to float32 tensor (C, H, W); uint8 is divided by 255, floats are kept."""
+
+    def __call__(self, img: np.ndarray) -> torch.Tensor:
+        if img.ndim != 3:
+            raise ValueError(f"ToTensor wants an (H, W, C) image; got the shape {img.shape}")
+        tensor = torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
+        return tensor.float() / 255 if img.dtype == np.uint8 else tensor.float()
+
+    def __repr__(self) -> str:
+        return "ToTensor()"
+
+
+class Normalize:
+    """(x - mean) / std per channel, for (C, H, W) or (N, C, H, W)."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise ValueError(f"mean and std need one value a channel, std > 0; got {mean}, {std}")
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        mean, std = (tensor.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (tensor - mean) / std
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mean={self.mean}, std={self.std})"
+
+
+class Denormalize(Normalize):
+    """The inverse of `Normalize(mean, std)`: x * std + mean."""
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        mean, std = (tensor.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return tensor * std + mean
+
+
+class Compose:
+    """Apply transforms in order; the course's own two sequences run fused."""
+
+    def __init__(self, transforms: Sequence[Callable]) -> None:
+        self.transforms = list(transforms)
+
+    def __call__(self, img: np.ndarray) -> torch.Tensor:
+        fused = FUSED.get(tuple(map(type, self.transforms)))
+        if fused and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
+            return fused(img, *self.transforms)
+        for transform in self.transforms:
+            img = transform(img)
+        return img
+
+    def __repr__(self) -> str:
+        return "Compose([\n" + "".join(f"    {t},\n" for t in self.transforms) + "])"
+
+
+# ---------------------------------------------------------------------------------------------
+# The fused path
+# ---------------------------------------------------------------------------------------------
+
+
+def sample_warp(
+    size: tuple[int, int],
+    scale: Scale,
+    flip: RandomHorizontalFlip,
+    color: RandomColor,
+    rotate: RandomRotate,
+    crop: RandomSizedCrop,
+) -> tuple[Affine, list[float]]:
+    """Draw one augmentation for an image of `size` = (width, height): its warp and its gains.
+
+    The draws are those of the five transforms run in this order.
+    """
+    width, height = scale.target(*size)
+    warp = (size[0] / width, 0, 0, 0, size[1] / height, 0)
+    if flip.sample():
+        warp = compose(warp, (-1, 0, width, 0, 1, 0))
+    gains = color.sample()
+    angle = rotate.sample()
+    inner = inscribed_size(width, height, angle)
+    warp = compose(warp, rotation((width, height), inner, angle))
+    x, y, w, h = crop.sample(*inner)
+    return compose(warp, (w / crop.size[0], 0, x, 0, h / crop.size[1], y)), gains
+
+
+def _train(img, scale, flip, color, rotate, crop, _, normalize) -> torch.Tensor:
+    width, height = scale.target(img.shape[1], img.shape[0])
+    # the warp reads four source pixels per output pixel: too few for a much larger image
+    reduced = img.shape[1] > 2 * width or img.shape[0] > 2 * height
+    if reduced or scale.interpolation != cv2.INTER_LINEAR:
+        img = scale(img)
+    size = img.shape[1], img.shape[0]
+    warp, gains = sample_warp(size, scale, flip, color, rotate, crop)
+    # OpenCV warps four channels in two thirds of the time it takes for three
+    img = warp_image(cv2.cvtColor(img, cv2.COLOR_RGB2RGBA), warp, crop.size)
+    return _normalized(img, _gain_table(gains), normalize)
+
+
+def _val(img, scale, crop, _, normalize) -> torch.Tensor:
+    return _normalized(crop(scale(img)), LEVELS, normalize)
+
+
+def _normalized(img: np.ndarray, levels: np.ndarray, normalize: Normalize) -> torch.Tensor:
+    """Normalise `levels` (3, 256), what the grey levels turn into; look every pixel up in it."""
+    scale, shift = _scale_shift(normalize.mean, normalize.std)
+    table = levels * scale - shift  # (3, 256)
+    out = np.empty((3, *img.shape[:2]), np.float32)
+    for c, plane in enumerate(cv2.split(img)[:3]):
+        cv2.LUT(plane, table[c], dst=out[c])
+    return torch.from_numpy(out)
+
+
+@lru_cache(maxsize=8)
+def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(x / 255 - mean) / std as x * scale - shift, two float32 columns (3, 1)."""
+    return np.float32([[1 / (255 * s)] for s in std]), np.float32(
+        [[m / s] for m, s in zip(mean, std, strict=True)]
+    )
+
+
+AUGMENTATION = (Scale, RandomHorizontalFlip, RandomColor, RandomRotate, RandomSizedCrop)
+FUSED = {
+    (*AUGMENTATION, ToTensor, Normalize): _train,
+    (Scale, CenterCrop, ToTensor, Normalize): _val,
+}
+
+
+def _gain_table(gains: Sequence[float]) -> np.ndarray:
+    """What each grey level becomes under each channel's gain: (3, 256) uint8, rounded, clipped."""
+    return np.minimum(LEVELS * np.float32(gains)[:, None] + 0.5, 255).astype(np.uint8)
+
+
+def _positive(size: int) -> int:
+    if size < 1:
+        raise ValueError(f"a size is at least 1 pixel; got {size}")
+    return size
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """`size` as (width, height)."""
+    width, height = (size, size) if isinstance(size, int) else size
+    return _positive(width), _positive(height)
+
+
+def _interval(name: str, values: Sequence[float], upper: float = math.inf) -> tuple[float, float]:
+    low, high = values
+    if not 0 < low <= high <= upper:
+        raise ValueError(f"{name} wants 0 < low <= high <= {upper}; got {values}")
+    return low, high

@@ -1,0 +1,211 @@
+"""One epoch of training, one pass of evaluation, one pass of attack.
+
+Each is a generator: it yields after every batch and leaves printing, saving and stopping to the
+driver. Sums stay on the device until someone reads them, so that a step never waits for the last.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from attacks import PGD
+from utils import AverageMeter
+
+
+@dataclass
+class Place:
+    """Where the arithmetic happens, and the memory layout that is fast there."""
+
+    device: torch.device
+    memory_format: torch.memory_format = torch.channels_last
+
+    def images(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True, memory_format=self.memory_format)
+
+    def labels(self, y: Tensor) -> Tensor:
+        return y.to(self.device, non_blocking=True)
+
+
+class Tally:
+    """Loss, top-1 and top-5 summed on the device; `read` is the only point that synchronises."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, device=device)  # of loss, top-1 hits, top-5 hits
+        self.last = torch.zeros(3, device=device)  # the latest batch's share of them
+        self.count = self.last_count = 0
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, target: Tensor, loss: Tensor | None = None) -> None:
+        """Count one batch: logits (N, K), target (N,), loss the batch's mean."""
+        n, k = logits.shape
+        hits = logits.topk(min(5, k)).indices == target[:, None]  # (N, 5)
+        total = loss.detach().float() * n if loss is not None else logits.new_zeros(())
+        self.last = torch.stack([total.float(), hits[:, 0].sum().float(), hits.sum().float()])
+        self.sums += self.last
+        self.last_count = n
+        self.count += n
+
+    def read(self) -> tuple[Scores, Scores]:
+        """The scores of the latest batch and of all batches so far."""
+        last, sums = torch.stack([self.last, self.sums]).tolist()
+        return Scores.of(last, self.last_count), Scores.of(sums, self.count)
+
+    def state(self) -> dict:
+        return {"sums": self.sums.tolist(), "count": self.count}
+
+    def restore(self, state: dict) -> None:
+        self.sums = torch.tensor(state["sums"], device=self.sums.device)
+        self.count = state["count"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A mean loss and two accuracies in per cent."""
+
+    loss: float
+    acc1: float
+    acc5: float
+
+    @classmethod
+    def of(cls, sums: list[float], n: int) -> Scores:
+        loss, hits1, hits5 = (s / max(n, 1) for s in sums)
+        return cls(loss, 100 * hits1, 100 * hits5)
+
+
+@dataclass
+class Clock:
+    """Seconds a step took, and how many of them it waited for data."""
+
+    step: AverageMeter = field(default_factory=AverageMeter)
+    data: AverageMeter = field(default_factory=AverageMeter)
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self.data.update(time.perf_counter() - self.start)
+
+    def step_done(self) -> None:
+        now = time.perf_counter()
+        self.step.update(now - self.start)
+        self.start = now
+
+
+@dataclass
+class AdversarialTraining:
+    """Train on attacked batches (Madry et al., 2018, eq. 2.1).
+
+    attack: leaves the model and its gradients as they were; its step size follows from its ε.
+    prob: the share of batches that are attacked.
+    blend: the weight of the clean pixels in an attacked batch (0.5 = half and half).
+    ramp: the number of steps over which ε grows from 0. A network that meets the full budget while
+        its outputs still mean nothing stays at chance.
+    """
+
+    attack: PGD
+    prob: float
+    blend: float
+    ramp: int
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
+        if torch.rand(()) >= self.prob:
+            return x
+        share = min(1.0, step / max(self.ramp, 1))
+        attack = replace(self.attack, epsilon=share * self.attack.epsilon)
+        return torch.lerp(attack.perturb(model, x, y), x, self.blend)
+
+
+def train_epoch(
+    model: nn.Module,
+    batches: Iterable,
+    criterion: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    place: Place,
+    tally: Tally,
+    clock: Clock,
+    seed: int,
+    clip_grad: float = 0.0,
+    adversary: AdversarialTraining | None = None,
+) -> Iterator[float]:
+    """Take one step for each batch and yield the learning rate it was taken with.
+
+    Random numbers of a step (drop path, attacks) follow from `seed` and the scheduler's step count,
+    so a resumed epoch draws what an uninterrupted one would have drawn.
+    """
+    model.train()
+    for x, y in batches:
+        clock.data_arrived()
+        x, y = place.images(x), place.labels(y)
+        torch.manual_seed(hash((seed, scheduler.last_epoch)))
+        if adversary is not None:
+            x = adversary(model, x, y, scheduler.last_epoch)
+
+        logits = model(x)
+        loss = criterion(logits, y)
+        optimizer.zero_grad()  # after the attack: none of its gradients may reach the step
+        loss.backward()
+        if clip_grad > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        optimizer.step()
+        rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+
+        tally.add(logits, y, loss)
+        clock.step_done()
+        yield rate
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable,
+    place: Place,
+    plain: Tally,
+    clock: Clock,
+    mirrored: Tally | None = None,
+) -> Iterator[Tensor]:
+    """Count hits over all batches and yield each batch's images (N, C, H, W).
+
+    `mirrored` counts the hits of the logits averaged over an image and its mirror image.
+    """
+    model.eval()
+    for x, y in batches:
+        clock.data_arrived()
+        x, y = place.images(x), place.labels(y)
+        with torch.inference_mode():
+            logits = model(x)
+            plain.add(logits, y)
+            if mirrored is not None:
+                mirrored.add((logits + model(x.flip(3))) / 2, y)
+        clock.step_done()
+        yield x
+
+
+def attack(
+    model: nn.Module,
+    batches: Iterable,
+    attacker: object,
+    place: Place,
+    clean: Tally,
+    adversarial: Tally,
+    clock: Clock,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attack every batch, count hits before and after, and yield (images, attacked images).
+
+    attacker: anything with `perturb(model, x)`, the contract's `default_attack` among them.
+    """
+    model.eval()
+    for x, y in batches:
+        clock.data_arrived()
+        x, y = place.images(x), place.labels(y)
+        x_adv = attacker.perturb(model, x.clone()).detach()
+        with torch.no_grad():
+            clean.add(model(x), y)
+            adversarial.add(model(x_adv), y)
+        clock.step_done()
+        yield x, x_adv

@@ -1,0 +1,34 @@
+"""Data that several tests share, made once per session and only when asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory) -> Path:
+    """The folder that holds the unpacked real images: miniplaces10/, miniplaces100/, cifar10/."""
+    archives = sorted((ROOT.parent / "shared" / "data").glob("*.tar.gz"))
+    if not archives:
+        pytest.skip("the packs of real images, ../shared/data, are not here")
+    folder = tmp_path_factory.mktemp("packs")
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory) -> Path:
+    """A small drawn data set in the official layout; read only, as all tests share it."""
+    folder = tmp_path_factory.mktemp("sample") / "scenes"
+    command = [sys.executable, "make_sample_data.py", str(folder), "--train", "8", "--val", "4"]
+    subprocess.run(command, cwd=ROOT / "code", check=True, stdout=subprocess.DEVNULL)
+    return folder

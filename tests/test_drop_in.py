@@ -1,0 +1,74 @@
+"""Students' files work under our driver, and ours work under the course's."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = Path(__file__).parent.parent / "code"
+COURSE = Path(__file__).parent / "course"
+OWN = ["student_code.py", "custom_*.py", "utils.py"]
+
+
+def run(folder, *words):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def students_tree(tmp_path_factory):
+    """Our code/ with a student's student_code.py in place of ours, and nothing else touched."""
+    code = tmp_path_factory.mktemp("student") / "code"
+    shutil.copytree(CODE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(COURSE / "student_answer.py", code / "student_code.py")
+    return code
+
+
+@pytest.mark.parametrize(
+    "flags", [["--use-custom-conv"], ["--use-vit", "--lr=0.001"], ["--pgd"]], ids=" ".join
+)
+def test_a_students_file_trains_evaluates_and_attacks_under_our_driver(
+    students_tree, sample_root, flags
+):
+    words = ["--gpu=-1", "-j", "1", "-b", "16"]
+    out = run(students_tree, "main.py", sample_root, "--epochs=1", *flags, *words)
+    folder = students_tree / re.search(r"^Logs and checkpoints: (.+)$", out, re.M)[1]
+    resume = f"--resume={folder}/models/model_best.pth.tar"
+    for action in ("-e", "-a"):
+        out = run(students_tree, "main.py", sample_root, resume, action, "-v", *words)
+        assert len(re.findall(r"^\*{6}Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3}$", out, re.M)) == 2
+
+
+def test_our_files_work_under_the_courses_driver(tmp_path, sample_root):
+    for pattern in OWN:
+        for file in CODE.glob(pattern):
+            shutil.copy(file, tmp_path)
+    shutil.copy(COURSE / "course_driver.py", tmp_path)
+    lines = run(tmp_path, "course_driver.py", sample_root).split("\n")[:3]
+    assert lines == [f"{name} True 0.1 3" for name in ("cnn", "custom", "vit")]
+
+
+def test_parts_one_to_three_import_with_torch_alone(tmp_path):
+    """student_code beside custom_blocks, the attacks beside nothing; no OpenCV, no torchvision."""
+    script = (
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('cv2', 'torchvision', 'tensorboard', 'PIL'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import attacks, student_code\n"
+        "own = {m for m in sys.modules if (getattr(sys.modules[m], '__file__', None) or '')"
+        ".startswith(sys.argv[1])}\n"
+        "print(sorted(own))\n"
+    )
+    for name in ("student_code.py", "custom_blocks.py", "attacks.py", "geometry.py"):
+        shutil.copy(CODE / name, tmp_path)
+    out = run(tmp_path, "-c", script, tmp_path)
+    assert out.strip() == "['attacks', 'custom_blocks', 'geometry', 'student_code']"

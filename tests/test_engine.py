@@ -1,0 +1,220 @@
+"""One epoch, one evaluation, one attack: against plain loops written out."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import engine
+from attacks import PGD
+from engine import AdversarialTraining, Clock, Place, Tally
+from geometry import Pixels
+from utils import LinearWarmupCosineAnnealingLR
+
+CPU = Place(torch.device("cpu"))
+PIXELS = Pixels("normalised", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def make_network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(32, 7),
+    )
+
+
+def make_batches(n=4, size=6):
+    g = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 3, 9, 9, generator=g), torch.randint(7, (size,), generator=g))
+        for _ in range(n)
+    ]
+
+
+def make_training(model, lr=0.1, warmup=0):
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-3)
+    return optimizer, LinearWarmupCosineAnnealingLR(optimizer, warmup, 20)
+
+
+def train(model, batches, optimizer, scheduler, **options):
+    tally = Tally(CPU.device)
+    steps = engine.train_epoch(
+        model,
+        batches,
+        nn.CrossEntropyLoss(),
+        optimizer,
+        scheduler,
+        CPU,
+        tally,
+        Clock(),
+        seed=5,
+        **options,
+    )
+    return list(steps), tally
+
+
+def same_weights(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_accuracies_equal_a_sort_of_each_row():
+    torch.manual_seed(0)
+    tally, hits1, hits5, losses = Tally(CPU.device), 0, 0, 0.0
+    for n in (10, 3):
+        logits, y = torch.randn(n, 20), torch.randint(20, (n,))
+        tally.add(logits, y, F.cross_entropy(logits, y))
+        pairs = zip(logits.tolist(), y.tolist(), strict=True)
+        ranks = [sorted(r, reverse=True).index(r[t]) for r, t in pairs]
+        hits1 += ranks.count(0)
+        hits5 += sum(rank < 5 for rank in ranks)
+        losses += F.cross_entropy(logits, y, reduction="sum").item()
+    last, mean = tally.read()
+    assert mean.acc1 == pytest.approx(100 * hits1 / 13)
+    assert mean.acc5 == pytest.approx(100 * hits5 / 13)
+    assert mean.loss == pytest.approx(losses / 13)
+    assert last.acc1 == pytest.approx(100 * ranks.count(0) / 3)
+
+
+def test_a_restored_tally_goes_on_as_if_never_interrupted():
+    torch.manual_seed(0)
+    batches = [(torch.randn(6, 9), torch.randint(9, (6,)), torch.rand(())) for _ in range(4)]
+    whole, first, second = (Tally(CPU.device) for _ in range(3))
+    for i, batch in enumerate(batches):
+        whole.add(*batch)
+        if i < 2:
+            first.add(*batch)
+    second.restore(first.state())
+    for batch in batches[2:]:
+        second.add(*batch)
+    assert second.read() == whole.read()
+
+
+def test_fewer_than_five_classes_have_a_top_5_of_100():
+    tally = Tally(CPU.device)
+    tally.add(torch.randn(8, 3), torch.randint(3, (8,)))
+    assert tally.read()[1].acc5 == 100
+
+
+def test_training_equals_the_loop_written_out():
+    ours, theirs = make_network(), make_network()
+    optimizer, scheduler = make_training(ours, warmup=3)
+    rates, tally = train(ours, make_batches(), optimizer, scheduler, clip_grad=0.5)
+
+    theirs.train()
+    theirs.to(memory_format=torch.channels_last)
+    ours_loss = 0.0
+    momentum = [torch.zeros_like(p) for p in theirs.parameters()]
+    for step, (x, y) in enumerate(make_batches()):
+        torch.manual_seed(hash((5, step)))
+        loss = F.cross_entropy(theirs(x.to(memory_format=torch.channels_last)), y)
+        theirs.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        rate = 0.1 * step / 3 if step < 3 else 0.1
+        with torch.no_grad():
+            for p, m in zip(theirs.parameters(), momentum, strict=True):
+                m.copy_(p.grad + 1e-3 * p if step == 0 else 0.9 * m + p.grad + 1e-3 * p)
+                p -= rate * m
+        assert rates[step] == pytest.approx(rate)
+        ours_loss += loss.item() / 4
+    assert tally.read()[1].loss == pytest.approx(ours_loss, rel=1e-5)
+    for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
+    whole, halves = make_network(), make_network()
+    train(whole, make_batches(), *make_training(whole))
+    training = make_training(halves)
+    train(halves, make_batches()[:2], *training)
+    torch.rand(17)  # whatever happens between the halves
+    train(halves, make_batches()[2:], *training)
+    assert same_weights(whole, halves)
+
+
+def test_attacks_of_no_size_train_as_no_attack_does():
+    """An attack that left gradients or BatchNorm statistics behind would change the weights."""
+    clean, attacked = make_network(), make_network()
+    clean[5].p = attacked[5].p = 0.0  # the attack's random start would shift the dropout
+    attack = PGD(epsilon=0.0, steps=3, random_start=True, pixels=PIXELS)
+    adversary = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=1)
+    batches = [(x.clamp(-2, 2), y) for x, y in make_batches()]  # valid pixels
+    train(clean, batches, *make_training(clean))
+    train(attacked, batches, *make_training(attacked), adversary=adversary)
+    assert same_weights(clean, attacked)
+
+
+def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
+    model = make_network().eval()
+    x, y = torch.zeros(2, 3, 9, 9), torch.tensor([0, 1])
+    attack = PGD(epsilon=0.4, steps=1, pixels=PIXELS)
+
+    def moved(adversary, step):
+        torch.manual_seed(step)
+        return (adversary(model, x, y, step) - x).abs().max().item()
+
+    full = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=10)
+    assert [moved(full, s) for s in (0, 5, 10, 99)] == pytest.approx([0, 0.2, 0.4, 0.4])
+    half = AdversarialTraining(attack, prob=1.0, blend=0.5, ramp=1)
+    assert moved(half, 5) == pytest.approx(0.2)
+    some = AdversarialTraining(attack, prob=0.3, blend=0.0, ramp=1)
+    share = sum(moved(some, s) > 0 for s in range(1, 501)) / 500
+    assert 0.2 < share < 0.4
+
+
+def test_mirrored_accuracy_is_of_the_averaged_logits():
+    model, batches = make_network(3), make_batches(3)
+    plain, mirrored = Tally(CPU.device), Tally(CPU.device)
+    seen = list(engine.evaluate(model, batches, CPU, plain, Clock(), mirrored))
+    model.eval()
+    expected_plain, expected_mirrored = Tally(CPU.device), Tally(CPU.device)
+    with torch.no_grad():
+        for (x, y), shown in zip(batches, seen, strict=True):
+            assert torch.equal(x, shown)
+            a, b = model(x), model(torch.flip(x, dims=[-1]))
+            expected_plain.add(a, y)
+            expected_mirrored.add(a + b, y)
+    assert plain.read()[1] == expected_plain.read()[1]
+    assert mirrored.read()[1] == expected_mirrored.read()[1]
+
+
+@pytest.mark.parametrize("job", ["evaluate", "attack"])
+def test_looking_changes_nothing(job):
+    model, batches = make_network(3), make_batches(2)
+    before = copy.deepcopy(model)
+    if job == "evaluate":
+        passes = engine.evaluate(model, batches, CPU, Tally(CPU.device), Clock())
+    else:
+        attack = PGD(epsilon=0.1, steps=2, pixels=PIXELS)
+        tallies = Tally(CPU.device), Tally(CPU.device)
+        passes = engine.attack(model, batches, attack, CPU, *tallies, Clock())
+    assert len(list(passes)) == 2
+    assert same_weights(model, before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_attack_counts_the_same_images_before_and_after():
+    model, batches = make_network(3), make_batches(3)
+
+    class ToBlack:
+        def perturb(self, model, x):
+            return x.fill_(-2.0)  # also spoils its input, as a student's attack may
+
+    clean, adversarial = Tally(CPU.device), Tally(CPU.device)
+    pairs = list(engine.attack(model, batches, ToBlack(), CPU, clean, adversarial, Clock()))
+    expected = Tally(CPU.device)
+    list(engine.evaluate(model, batches, CPU, expected, Clock()))
+    assert clean.read()[1] == expected.read()[1]
+    for (x, _), (shown, x_adv) in zip(batches, pairs, strict=True):
+        assert torch.equal(x, shown) and (x_adv == -2).all()
+    black = model(torch.full((1, 3, 9, 9), -2.0)).argmax().item()
+    hits = sum((y == black).sum().item() for _, y in batches)
+    assert adversarial.read()[1].acc1 == pytest.approx(100 * hits / 18)

@@ -1,0 +1,280 @@
+"""main.py as its users run it: whole runs in processes of their own, on the drawn sample data."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import logbook
+import main
+
+CODE = Path(__file__).parent.parent / "code"
+CPU = ["--gpu=-1", "-j", "1", "-p", "2", "-b", "16"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of code/ with empty logs beside it, so that runs do not end up in the checkout."""
+    root = tmp_path_factory.mktemp("tree")
+    shutil.copytree(CODE, root / "code", ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+def command(tree, *words):
+    return {"args": [sys.executable, "main.py", *map(str, words)], "cwd": tree / "code"}
+
+
+def run(tree, *words, code=0):
+    done = subprocess.run(
+        **command(tree, *words), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def runs(tree):
+    return sorted((tree / "logs").glob("*_exp_*"))
+
+
+def weights(folder, name="checkpoint.pth.tar"):
+    return torch.load(folder / "models" / name, weights_only=True)["state_dict"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def without_clock(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder)).Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+@pytest.fixture(scope="module")
+def trained(tree, sample_root):
+    """(console output, run folder) of three epochs of SimpleNet."""
+    out = run(tree, sample_root, "--epochs=3", "--warmup=1", "--lr=0.02", *CPU)
+    return out, runs(tree)[0]
+
+
+def test_lines_that_people_grep_for(trained):
+    out, _ = trained
+    number = r"\d+\.\d+"
+    pair = rf"{number} \({number}\)"
+    train = rf"^Epoch: \[1\]\[0/\d+\]\tTime {pair}\tData {pair}\tLoss {pair}\tAcc@1 {pair}\tAcc@5"
+    assert re.search(train, out, re.M)
+    assert re.search(rf"^Test: \[0/\d+\]\tTime {pair}\tAcc@1 {pair}\tAcc@5 {pair}$", out, re.M)
+    assert re.search(rf"^\*{{6}}Acc@1 {number} Acc@5 {number}$", out, re.M)
+
+
+def test_folder_files_and_keys(trained):
+    _, folder = trained
+    assert re.fullmatch(r"torch_conv_exp_\d{4}(-\d\d){2}_\d\d(-\d\d){2}", folder.name)
+    last = torch.load(folder / "models/checkpoint.pth.tar", weights_only=True)
+    best = torch.load(folder / "models/model_best.pth.tar", weights_only=True)
+    keys = {"epoch", "model_arch", "state_dict", "best_acc1", "optimizer", "scheduler"}
+    assert keys <= last.keys() and "optimizer" not in best
+    assert (last["epoch"], last["model_arch"]) == (3, "simplenet")
+    rows = without_clock(folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert best["best_acc1"] == max(row["val_top1_accuracy"] for row in rows)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["lr"] == 0.02 and config["kind"] == "torch_conv"
+
+
+def test_tensorboard_has_the_contracts_tags(trained):
+    _, folder = trained
+    losses = scalars(folder, "data/training_loss")
+    rates = scalars(folder, "data/learning_rate")
+    assert [s for s, _ in losses] == [s for s, _ in rates]
+    assert rates[0] == (0, 0.0) and max(v for _, v in rates) <= 0.02 + 1e-9
+    rows = without_clock(folder)
+    for tag in ("top1_accuracy", "top5_accuracy"):
+        for name in ("train", "val"):
+            points = scalars(folder / f"data_{tag}_{name}", f"data/{tag}")
+            assert points == [(r["epoch"], pytest.approx(r[f"{name}_{tag}"])) for r in rows]
+
+
+def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained, sample_root):
+    _, folder = trained
+    best = folder / "models/model_best.pth.tar"
+    out = run(tree, sample_root, f"--resume={best}", "-e", "-v", *CPU)
+    finals = [line for line in out.splitlines() if line.startswith("******")]
+    assert len(finals) == 2
+    acc1 = torch.load(best, weights_only=True)["best_acc1"]
+    assert finals[0].startswith(f"******Acc@1 {acc1:.3f} ")
+    again = run(tree, sample_root, f"--resume={best}", "-e", *CPU)
+    assert [line for line in again.splitlines() if line.startswith("******")] == finals
+    images = EventAccumulator(str(folder)).Reload().Images("Image/Image")
+    assert [image.step for image in images] == [0]
+    assert len(runs(tree)) == 1
+
+
+def test_attack_tells_both_accuracies_its_budget_and_shows_pictures(tree, trained, sample_root):
+    _, folder = trained
+    out = run(tree, sample_root, f"--resume={folder}/models/model_best.pth.tar", "-a", "-v", *CPU)
+    finals = re.findall(r"^\*{6}Acc@1 (\S+)", out, re.M)
+    best = torch.load(folder / "models/model_best.pth.tar", weights_only=True)
+    assert len(finals) == 2 and finals[0] == f"{best['best_acc1']:.3f}"
+    assert float(finals[1]) <= float(finals[0])
+    assert "ε = 0.1 normalised = (5.84, 5.71, 5.74)/255" in out
+    tags = EventAccumulator(str(folder)).Reload().Tags()["images"]
+    assert {"Image/Org_Image", "Image/Adv_Image", "Image/Difference_x10"} <= set(tags)
+
+
+def interrupt(tree, sample_root, number, lines, *words):
+    """Start a run, send it a signal after so many training lines, return (exit code, output)."""
+    process = subprocess.Popen(
+        **command(tree, sample_root, *words, "-p", "1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    out, seen = "", 0
+    while seen < lines:
+        line = process.stdout.readline()
+        assert line, out
+        out, seen = out + line, seen + line.startswith("Epoch:")
+    process.send_signal(number)
+    out += process.communicate(timeout=120)[0]
+    return process.returncode, out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM for a child to handle")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_run_resumes_to_the_very_same_end(tree, trained, sample_root, number, code):
+    """Mid-epoch, in the second of three epochs; weights, rows and curves end up the same."""
+    _, whole = trained
+    words = ["--epochs=3", "--warmup=1", "--lr=0.02", *CPU, "--save-every=2"]
+    steps = len(scalars(whole, "data/training_loss")) * 2 // 3  # printed every second
+    time.sleep(1)
+    status, out = interrupt(tree, sample_root, number, steps + 3, *words)
+    assert status == code, out
+    folder = runs(tree)[-1]
+    assert folder != whole
+    last = folder / "models/checkpoint.pth.tar"
+    if number != signal.SIGKILL:
+        assert re.search(r"^  python main\.py .*--resume=\S*checkpoint\.pth\.tar$", out, re.M)
+        assert torch.load(last, weights_only=True)["progress"]["position"] > 0
+    run(tree, sample_root, *words, f"--resume={last}")
+    assert same(weights(folder), weights(whole))
+    best = "model_best.pth.tar"
+    assert same(weights(folder, best), weights(whole, best))
+    assert without_clock(folder) == without_clock(whole)
+    resumed = dict(scalars(folder, "data/training_loss"))
+    assert all(resumed[s] == v for s, v in scalars(whole, "data/training_loss"))
+    assert len(scalars(folder, "data/training_loss")) == len(resumed)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(tree, trained, sample_root, tmp_path):
+    _, whole = trained
+    folder = tmp_path / "torch_conv_exp_copy"
+    shutil.copytree(whole, folder)
+    last = f"--resume={folder}/models/checkpoint.pth.tar"
+    assert "raise --epochs" in run(tree, sample_root, "--epochs=3", last, *CPU)
+    run(tree, sample_root, "--epochs=4", "--warmup=1", "--lr=0.02", last, *CPU)
+    rows = without_clock(folder)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert rows[:3] == without_clock(whole)
+
+
+def test_an_old_course_checkpoint_resumes(tree, trained, sample_root, tmp_path):
+    """No scheduler, no kind, a wrapper's prefix: judged by keys and shapes."""
+    content = torch.load(trained[1] / "models/checkpoint.pth.tar", weights_only=True)
+    old = {
+        "epoch": 3,
+        "model_arch": "CNN",
+        "state_dict": {"module." + k: v for k, v in content["state_dict"].items()},
+        "best_acc1": torch.tensor(12.5),
+    }
+    torch.save(old, tmp_path / "old.pth.tar")
+    time.sleep(1)
+    before = runs(tree)
+    out = run(
+        tree, sample_root, "--epochs=4", "--lr=0.01", f"--resume={tmp_path}/old.pth.tar", *CPU
+    )
+    assert "no optimizer state" in out and "Epoch: [4][0/" in out and "Epoch: [1]" not in out
+    assert len(runs(tree)) == len(before) + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        (["--use-custom-conv"], "custom_conv"),
+        (["--use-vit", "--lr=0.001"], "vit"),
+        (["--pgd=True"], "torch_conv"),
+    ],
+)
+def test_each_kind_trains_and_is_known_again(tree, sample_root, flags, kind):
+    time.sleep(1)
+    run(tree, sample_root, "--epochs=1", *flags, *CPU)
+    folder = runs(tree)[-1]
+    assert folder.name.startswith(f"{kind}_exp_")
+    losses = [v for _, v in scalars(folder, "data/training_loss")]
+    assert all(0 < v < 100 for v in losses)
+    out = run(tree, sample_root, f"--resume={folder}/models/model_best.pth.tar", "-e", *CPU)
+    assert f"{kind} after 1 epochs" in out
+
+
+BAD = [
+    (["-e"], 2, r"-e needs --resume=FILE"),
+    (["-a"], 2, r"-a needs --resume=FILE"),
+    (["-e", "-a", "--resume=x"], 2, r"-e and -a exclude each other"),
+    (["-v"], 2, r"-v shows what -e or -a"),
+    (["--use-vit", "--use-resnet18"], 2, r"--use-vit and --use-resnet18 exclude each other"),
+    (["--pgd", "-e", "--resume=x"], 2, r"--pgd trains"),
+    (["--pgd=maybe"], 2, r"neither True nor False"),
+    (["--epochs=0"], 2, r"0 is out of range: it must be at least 1"),
+    (["-b", "0"], 2, r"at least 1"),
+    (["--lr=-1"], 2, r"at least 0"),
+    (["--lr=nan"], 2, r"out of range"),
+    (["--momentum=2"], 2, r"from 0 to 1"),
+    (["--gpu=-2"], 2, r"at least -1"),
+    (["--save-every=soon"], 2, r"not an interval"),
+    (["-b", "100000"], 1, r"100000"),
+    (["--resume=missing.pth.tar"], 1, r"no checkpoint at missing\.pth\.tar"),
+]
+
+
+@pytest.mark.parametrize(("flags", "code", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_a_mistake_gets_one_line_and_creates_nothing(
+    sample_root, tmp_path, monkeypatch, capsys, flags, code, message
+):
+    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
+    try:
+        status = main.main([str(sample_root), "--epochs=1", *CPU, *flags])
+    except SystemExit as e:
+        status = e.code
+    err = capsys.readouterr().err
+    assert status == code
+    assert re.search(message, err) and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "logs").exists()
+
+
+def test_an_unreadable_image_stops_the_run_by_name(tree, sample_root, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(sample_root, root)
+    name = (root / "train.txt").read_text().split()[0]
+    (root / "images" / name).write_bytes(b"<html>not found</html>")
+    err = run(tree, root, "--epochs=1", *CPU, code=1)
+    assert name in err and "Traceback" not in err
+
+
+def test_missing_data_is_one_line(tree, tmp_path):
+    err = run(tree, tmp_path / "nowhere", "--epochs=1", *CPU, code=1)
+    assert "nowhere" in err and len(err.strip().splitlines()) == 1
