@@ -7,7 +7,8 @@ Part III  PGD adversarial samples and the pictures that show them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -107,21 +108,38 @@ def _im2col(
         yield n, columns[:m].view(m, H_o * W_o, K * K * C)
 
 
+def _outside_compile(function: Callable) -> Callable:
+    """Break torch.compile's graph here: it would unroll the loop over images.
+
+    Not torch.compiler.disable as a decorator, which imports the compiler (seconds) for everyone.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args)
+        return function(*args)
+
+    return call
+
+
+@_outside_compile
 def _convolve(
     x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, stride: int, padding: int
 ) -> torch.Tensor:
     """Y = X Wᵀ + 1 bᵀ, as y (N, C_o, H_o, W_o)."""
     C_o, C_i, K, _ = w.shape
     y = _new_image(x, w, C_o, *(_out_size(size, K, stride, padding) for size in x.shape[2:]))
-    W = w.permute(2, 3, 1, 0).reshape(K * K * C_i, C_o)
+    W = w.permute(2, 3, 1, 0).contiguous().view(K * K * C_i, C_o)
     for n, X in _im2col(x, K, stride, padding):
         Y = _rows(y[n])
-        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)
+        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)  # out=: autocast leaves it alone
         if b is not None:
             Y += b
     return y
 
 
+@_outside_compile
 def _weight_gradient(
     g: torch.Tensor, x: torch.Tensor, K: int, stride: int, padding: int
 ) -> torch.Tensor:
@@ -135,6 +153,7 @@ def _weight_gradient(
     return total.to(g.dtype).view(C_o, K, K, C_i).permute(0, 3, 1, 2)
 
 
+@_outside_compile
 def _input_gradient(
     g: torch.Tensor, w: torch.Tensor, size: tuple[int, int], stride: int, padding: int
 ) -> torch.Tensor:
@@ -150,7 +169,7 @@ def _input_gradient(
         G = g[n : n + step].flatten(2)  # (., C_o, L)
         X = g.new_empty(len(G), len(W), L)
         torch.bmm(W.expand(len(G), -1, -1), G, out=X)
-        x[n : n + step] = nn.functional.fold(X, size, K, padding=padding, stride=stride)
+        x[n : n + step] = F.fold(X, size, K, padding=padding, stride=stride)
     return x
 
 
