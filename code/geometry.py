@@ -129,7 +129,6 @@ def _shrink_l1(u: Tensor, cap: Tensor, epsilon: float) -> Tensor:
     free = (u > t) & ~capped
     excess = (u * free + cap * capped).sum(1, keepdim=True) - epsilon
     t = (excess / free.sum(1, keepdim=True).clamp(min=1)).maximum(low).minimum(high)
-    t = torch.where(cap.sum(1, keepdim=True) <= epsilon, 0, t)
     return torch.minimum((u - t).clamp(min=0), cap)
 
 
