@@ -247,7 +247,6 @@ class Batches(DataLoader):
             batch_sampler=batch_sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals_to_the_trainer,
             collate_fn=_collate,
             worker_init_fn=_ignore_interrupt,
             # DataLoader draws a seed for each pass; from here, not from the trainer's numbers
@@ -264,11 +263,6 @@ class Batches(DataLoader):
 
 def _ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; it is the trainer that decides what to do."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the batches under way are still wanted."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -235,7 +235,7 @@ class Compose:
         return img
 
     def __repr__(self) -> str:
-        return "Compose(\n" + "".join(f"    {t},\n" for t in self.transforms) + ")"
+        return "Compose([\n" + "".join(f"    {t},\n" for t in self.transforms) + "])"
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from attacks import PGD
 from torch import Tensor, nn
 
+from attacks import PGD
 from utils import AverageMeter
 
 
@@ -100,7 +100,7 @@ class Clock:
 class AdversarialTraining:
     """Train on attacked batches (Madry et al., 2018, eq. 2.1).
 
-    attack: anything with `perturb(model, x, y)` that leaves model and gradients as they were.
+    attack: leaves the model and its gradients as they were; its step size follows from its ε.
     prob: the share of batches that are attacked.
     blend: the weight of the clean pixels in an attacked batch (0.5 = half and half).
     ramp: the number of steps over which ε grows from 0. A network that meets the full budget while
@@ -116,11 +116,7 @@ class AdversarialTraining:
         if torch.rand(()) >= self.prob:
             return x
         share = min(1.0, step / max(self.ramp, 1))
-        attack = replace(
-            self.attack,
-            epsilon=share * self.attack.epsilon,
-            step_size=share * self.attack.step_size,
-        )
+        attack = replace(self.attack, epsilon=share * self.attack.epsilon)
         return torch.lerp(attack.perturb(model, x, y), x, self.blend)
 
 

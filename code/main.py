@@ -15,8 +15,6 @@ import sys
 from argparse import Namespace
 
 import torch
-from custom_dataloader import MiniPlacesLoader, count_classes, validation_batches
-from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from torch import Tensor, nn
 
 import arguments
@@ -25,6 +23,8 @@ import engine
 import logbook
 import networks
 import student_code
+from custom_dataloader import MiniPlacesLoader, count_classes, validation_batches
+from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Tally
 from logbook import Console, Logbook, final_line
 from trainer import Trainer

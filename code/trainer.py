@@ -10,17 +10,18 @@ from argparse import Namespace
 from dataclasses import asdict
 
 import torch
-from attacks import PGD
-from custom_dataloader import training_batches, validation_batches
-from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from torch import nn
 from torch.utils.data import Dataset
 
 import checkpoint
 import engine
 import logbook
+from attacks import PGD
 from checkpoint import Progress, SavePoint
+from custom_dataloader import training_batches, validation_batches
+from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import AdversarialTraining, Clock, Place, Scores, Tally
+from geometry import Pixels
 from logbook import Console, Logbook
 from utils import LinearWarmupCosineAnnealingLR, UserError
 
@@ -201,14 +202,8 @@ def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | N
     """The --pgd mode: untargeted PGD whose budget grows over the first half of the run."""
     if not args.pgd:
         return None
-    attack = PGD(
-        epsilon=TRAINING_EPSILON,
-        step_size=2.5 * TRAINING_EPSILON / max(args.pgd_steps, 1),  # Madry et al., 2018
-        steps=args.pgd_steps,
-        random_start=True,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-    )
+    pixels = Pixels("normalised", IMAGENET_MEAN, IMAGENET_STD)
+    attack = PGD(epsilon=TRAINING_EPSILON, steps=args.pgd_steps, random_start=True, pixels=pixels)
     return AdversarialTraining(attack, args.pgd_prob, args.pgd_blend, total_steps // 2)
 
 

@@ -68,7 +68,7 @@ def test_parts_one_to_three_import_with_torch_alone(tmp_path):
         ".startswith(sys.argv[1])}\n"
         "print(sorted(own))\n"
     )
-    for name in ("student_code.py", "custom_blocks.py", "attacks.py"):
+    for name in ("student_code.py", "custom_blocks.py", "attacks.py", "geometry.py"):
         shutil.copy(CODE / name, tmp_path)
     out = run(tmp_path, "-c", script, tmp_path)
-    assert out.strip() == "['attacks', 'custom_blocks', 'student_code']"
+    assert out.strip() == "['attacks', 'custom_blocks', 'geometry', 'student_code']"

@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from attacks import PGD
 from torch import nn
 
 import engine
+from attacks import PGD
 from engine import AdversarialTraining, Clock, Place, Tally
+from geometry import Pixels
 from utils import LinearWarmupCosineAnnealingLR
 
 CPU = Place(torch.device("cpu"))
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+PIXELS = Pixels("normalised", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def make_network(seed=0):
@@ -143,7 +144,7 @@ def test_attacks_of_no_size_train_as_no_attack_does():
     """An attack that left gradients or BatchNorm statistics behind would change the weights."""
     clean, attacked = make_network(), make_network()
     clean[5].p = attacked[5].p = 0.0  # the attack's random start would shift the dropout
-    attack = PGD(epsilon=0.0, step_size=0.0, steps=3, mean=MEAN, std=STD)
+    attack = PGD(epsilon=0.0, steps=3, random_start=True, pixels=PIXELS)
     adversary = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=1)
     batches = [(x.clamp(-2, 2), y) for x, y in make_batches()]  # valid pixels
     train(clean, batches, *make_training(clean))
@@ -154,7 +155,7 @@ def test_attacks_of_no_size_train_as_no_attack_does():
 def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
     model = make_network().eval()
     x, y = torch.zeros(2, 3, 9, 9), torch.tensor([0, 1])
-    attack = PGD(epsilon=0.4, step_size=9.0, steps=1, mean=MEAN, std=STD)
+    attack = PGD(epsilon=0.4, steps=1, pixels=PIXELS)
 
     def moved(adversary, step):
         torch.manual_seed(step)
@@ -192,7 +193,7 @@ def test_looking_changes_nothing(job):
     if job == "evaluate":
         passes = engine.evaluate(model, batches, CPU, Tally(CPU.device), Clock())
     else:
-        attack = PGD(epsilon=0.1, step_size=0.05, steps=2, mean=MEAN, std=STD)
+        attack = PGD(epsilon=0.1, steps=2, pixels=PIXELS)
         tallies = Tally(CPU.device), Tally(CPU.device)
         passes = engine.attack(model, batches, attack, CPU, *tallies, Clock())
     assert len(list(passes)) == 2

@@ -32,8 +32,8 @@ class CustomConv2DFunction(Function):
         out = weight.flatten(1) @ columns
         if bias is not None:
             out = out + bias[:, None]
-        side = (ctx.size[0] + 2 * padding - k) // stride + 1
-        return out.unflatten(2, (side, -1))
+        sides = [(size + 2 * padding - k) // stride + 1 for size in ctx.size]
+        return F.fold(out, sides, 1)
 
     @staticmethod
     def backward(ctx, grad_output):
