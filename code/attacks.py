@@ -361,9 +361,9 @@ class APGD(Attack):
 
 def checkpoints(steps: int) -> list[int]:
     """The iterations at which APGD looks back, 0 first (Croce & Hein, 2020, section 3.2)."""
-    p, gap, points = 0.22, 0.22, [0]
-    while p < 1:
-        points.append(math.ceil(p * steps))
-        gap = max(gap - 0.03, 0.06)
-        p += gap
+    percent, gap, points = 22, 22, [0]
+    while percent < 100:
+        points.append(-(-percent * steps // 100))  # rounded up
+        gap = max(gap - 3, 6)
+        percent += gap
     return sorted(set(points))

@@ -116,8 +116,8 @@ def _shrink_l2(u: Tensor, cap: Tensor, epsilon: float) -> Tensor:
 def _shrink_l1(u: Tensor, cap: Tensor, epsilon: float) -> Tensor:
     """min(max(u - t, 0), cap) with the least t >= 0 whose sum is <= epsilon; u, cap: `(N, d)`.
 
-    Croce & Hein, 2021, proposition 2.1, there by sorting. Halving an interval costs a third of
-    that; the sum is linear between two neighbouring kinks, so the last step is exact.
+    Croce & Hein, 2021, proposition 2.1. Halving an interval costs less than the sorting in there;
+    the sum is linear between two neighbouring kinks, so the last step is exact.
     """
     low, high = u.new_zeros(len(u), 1), u.amax(1, keepdim=True)
     for _ in range(30):
@@ -129,7 +129,6 @@ def _shrink_l1(u: Tensor, cap: Tensor, epsilon: float) -> Tensor:
     free = (u > t) & ~capped
     excess = (u * free + cap * capped).sum(1, keepdim=True) - epsilon
     t = (excess / free.sum(1, keepdim=True).clamp(min=1)).maximum(low).minimum(high)
-    t = torch.where(cap.sum(1, keepdim=True) <= epsilon, 0, t)
     return torch.minimum((u - t).clamp(min=0), cap)
 
 

@@ -311,9 +311,9 @@ def write_lines(path: Path, rows: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a small data set of ten kinds of scene.")
     parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder to make")
-    parser.add_argument("--train", type=count, default=60, help="training images a category")
-    parser.add_argument("--val", type=count, default=20, help="validation images a category")
-    parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--train", type=positive, default=60, help="training images a category")
+    parser.add_argument("--val", type=positive, default=20, help="validation images a category")
+    parser.add_argument("--seed", type=natural, default=2024)
     args = parser.parse_args()
     try:
         new = make_sample_data(args.root, args.train, args.val, args.seed)
@@ -325,11 +325,16 @@ def main() -> None:
         print(f"{args.root} is there already; remove it to draw it anew")
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if not 0 < value < 100_000:
-        raise argparse.ArgumentTypeError(f"expected 1..99999 images, got {text}")
-    return value
+def natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 9):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 8 digits, got {text}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("expected at least 1")
+    return natural(text)
 
 
 if __name__ == "__main__":

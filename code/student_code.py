@@ -7,7 +7,8 @@ Part III  PGD adversarial samples and the pictures that show them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,12 +70,11 @@ def _out_size(size: int, K: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - K) // stride + 1
 
 
-def _new_image(like: torch.Tensor, w: torch.Tensor, C: int, H: int, W: int) -> torch.Tensor:
-    """Memory for (N, C, H, W), channels-last if `like` or w is: the choice of nn.Conv2d."""
-    channels_last = (0, 2, 3, 1) in (like.dim_order(), w.dim_order())
+def _empty_image(x: torch.Tensor, w: torch.Tensor, C: int, H: int, W: int) -> torch.Tensor:
+    """Memory for (N, C, H, W), channels-last if x or w is: the choice of nn.Conv2d."""
+    channels_last = (0, 2, 3, 1) in (x.dim_order(), w.dim_order())
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    size = (len(like), C, H, W)
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty((len(x), C, H, W), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _rows(image: torch.Tensor) -> torch.Tensor:
@@ -107,21 +107,42 @@ def _im2col(
         yield n, columns[:m].view(m, H_o * W_o, K * K * C)
 
 
+def _outside_compile(function: Callable) -> Callable:
+    """Break torch.compile's graph here: it would unroll the loop over images.
+
+    Not torch.compiler.disable as a decorator, which imports the compiler (seconds) for everyone.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args)
+        return function(*args)
+
+    return call
+
+
+@_outside_compile
 def _convolve(
-    x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, stride: int, padding: int
+    x: torch.Tensor,
+    w: torch.Tensor,
+    b: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    y: torch.Tensor,
 ) -> torch.Tensor:
-    """Y = X Wᵀ + 1 bᵀ, as y (N, C_o, H_o, W_o)."""
+    """Y = X Wᵀ + 1 bᵀ, written to y (N, C_o, H_o, W_o)."""
     C_o, C_i, K, _ = w.shape
-    y = _new_image(x, w, C_o, *(_out_size(size, K, stride, padding) for size in x.shape[2:]))
-    W = w.permute(2, 3, 1, 0).reshape(K * K * C_i, C_o)
+    W = w.permute(2, 3, 1, 0).contiguous().view(K * K * C_i, C_o)
     for n, X in _im2col(x, K, stride, padding):
         Y = _rows(y[n])
-        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)
+        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)  # out=: autocast leaves it alone
         if b is not None:
             Y += b
     return y
 
 
+@_outside_compile
 def _weight_gradient(
     g: torch.Tensor, x: torch.Tensor, K: int, stride: int, padding: int
 ) -> torch.Tensor:
@@ -135,14 +156,14 @@ def _weight_gradient(
     return total.to(g.dtype).view(C_o, K, K, C_i).permute(0, 3, 1, 2)
 
 
+@_outside_compile
 def _input_gradient(
-    g: torch.Tensor, w: torch.Tensor, size: tuple[int, int], stride: int, padding: int
+    g: torch.Tensor, w: torch.Tensor, stride: int, padding: int, x: torch.Tensor
 ) -> torch.Tensor:
     """dl/dX = G W, gathered into x (N, C_i, H, W) by a convolution if S = 1, else by col2im."""
     C_o, C_i, K, _ = w.shape
     if stride == 1 and padding < K and (K == 1 or C_o <= 4 * C_i):  # else col2im moves less
-        return _convolve(g, w.flip(2, 3).transpose(0, 1), None, 1, K - 1 - padding)
-    x = _new_image(g, w, C_i, *size)
+        return _convolve(g, w.flip(2, 3).transpose(0, 1), None, 1, K - 1 - padding, x)
     W = w.flatten(1).t()  # (C_i K K, C_o): the order of fold
     L = g.shape[2] * g.shape[3]
     step = _chunk(len(W) * L * g.element_size(), g.device)
@@ -150,7 +171,7 @@ def _input_gradient(
         G = g[n : n + step].flatten(2)  # (., C_o, L)
         X = g.new_empty(len(G), len(W), L)
         torch.bmm(W.expand(len(G), -1, -1), G, out=X)
-        x[n : n + step] = nn.functional.fold(X, size, K, padding=padding, stride=stride)
+        x[n : n + step] = F.fold(X, x.shape[2:], K, padding=padding, stride=stride)
     return x
 
 
@@ -160,10 +181,10 @@ def _input_gradient(
 
 class _InputGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, w, size, stride, padding):
+    def forward(ctx, g, w, like, stride, padding):
         ctx.save_for_backward(g, w)
         ctx.stride, ctx.padding = stride, padding
-        return _input_gradient(g, w, size, stride, padding)
+        return _input_gradient(g, w, stride, padding, _empty_image(like, w, *like.shape[1:]))
 
     @staticmethod
     def backward(ctx, x):
@@ -186,7 +207,7 @@ class _WeightGradient(torch.autograd.Function):
         g, x = ctx.saved_tensors
         S, P = ctx.stride, ctx.padding
         dg = CustomConv2DFunction.apply(x, w, None, S, P) if ctx.needs_input_grad[0] else None
-        dx = _InputGradient.apply(g, w, x.shape[2:], S, P) if ctx.needs_input_grad[1] else None
+        dx = _InputGradient.apply(g, w, x.detach(), S, P) if ctx.needs_input_grad[1] else None
         return dg, dx, None, None, None
 
 
@@ -206,14 +227,16 @@ class CustomConv2DFunction(torch.autograd.Function):
         ctx.stride, ctx.padding = stride, padding
         x, w, b = _autocast(input_feats, weight, bias)
         _check(x, w, b, stride, padding)
-        return _convolve(x, w, b, stride, padding)
+        H_o, W_o = (_out_size(size, w.shape[2], stride, padding) for size in x.shape[2:])
+        y = _empty_image(x, w, len(w), H_o, W_o)
+        return _convolve(x, w, b, stride, padding, y)
 
     @staticmethod
     def backward(ctx, grad_output):
         g = grad_output
         x, w = (t.to(g.dtype) for t in ctx.saved_tensors)  # the dtype under autocast
         S, P = ctx.stride, ctx.padding
-        dx = _InputGradient.apply(g, w, x.shape[2:], S, P) if ctx.needs_input_grad[0] else None
+        dx = _InputGradient.apply(g, w, x.detach(), S, P) if ctx.needs_input_grad[0] else None
         dw = _WeightGradient.apply(g, x, w.shape[2], S, P) if ctx.needs_input_grad[1] else None
         db = g.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None

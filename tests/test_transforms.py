@@ -24,20 +24,20 @@ from custom_transforms import (
     RandomSizedCrop,
     Scale,
     ToTensor,
-    sample_warp,
 )
 from make_sample_data import SCENES, draw_scene
 
 NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)
 DENORMALIZE = Denormalize(IMAGENET_MEAN, IMAGENET_STD)
-AUGMENT = [
+TRAIN = [
     Scale(144),
     RandomHorizontalFlip(),
     RandomColor(0.15),
     RandomRotate(15),
     RandomSizedCrop(128),
+    ToTensor(),
+    NORMALIZE,
 ]
-TRAIN = [*AUGMENT, ToTensor(), NORMALIZE]
 VAL = [Scale(144), CenterCrop(128), ToTensor(), NORMALIZE]
 
 
@@ -331,18 +331,15 @@ def test_any_other_sequence_runs_as_it_is_written(sequence):
     assert type(ours) is type(theirs) and np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_much_larger_images_are_scaled_first():
-    """Fused from 1024 pixels, the warp would read every sixth one: noise would stay noise."""
-    img = cv2.resize(noise(256, 256), (1024, 1024), interpolation=cv2.INTER_NEAREST)
-    sequence = [Scale(144, cv2.INTER_AREA), *TRAIN[1:]]
-    fused = seeded(3, Compose(sequence), img)
-    steps = seeded(3, step_by_step, sequence, img)
-    assert fused.std().item() == pytest.approx(steps.std().item(), rel=0.25)
-    bilinear = seeded(3, Compose(TRAIN), img)
-    same_region, _ = seeded(3, sample_warp, (144, 144), *AUGMENT)
-    direct, _ = seeded(3, sample_warp, (1024, 1024), *AUGMENT)
-    assert np.allclose(np.array(direct) / np.array(same_region), 1024 / 144)
-    assert bilinear.shape == (3, 128, 128)
+@pytest.mark.parametrize("interpolation", [cv2.INTER_LINEAR, cv2.INTER_AREA])
+def test_much_larger_images_are_scaled_first(interpolation):
+    """Fused from 1024 pixels, the warp would read other pixels than Scale(144) does."""
+    img = noise(1024, 1024)
+    sequence = [Scale(144, interpolation), *TRAIN[1:]]
+    for seed in range(5):
+        fused = seeded(seed, Compose(sequence), img).ravel()
+        steps = seeded(seed, step_by_step, sequence, img).ravel()
+        assert torch.corrcoef(torch.stack([fused, steps]))[0, 1] > 0.7
 
 
 def test_grey_levels_are_not_wrapped_by_the_gain():

@@ -266,3 +266,11 @@ def test_our_own_project_can_be_handed_in(tmp_path):
     code, said = run(tmp_path)
     assert code == 0, said
     assert {"code/student_code.py", "code/main.py", "code/utils.py"} <= packed(tmp_path)
+
+
+def test_a_whole_folder_that_is_a_link_stays_out(project, tmp_path):
+    (project / "results").rename(tmp_path / "results")
+    (project / "results").symlink_to(tmp_path / "results")
+    code, said = run(project)
+    assert code == 0 and "left out  results (link)" in said
+    assert packed(project) == CLEAN - {"results/curve.png"}

@@ -1,0 +1,87 @@
+"""Tell what training runs reached, from their own records:
+
+    python benchmarks/training.py logs/RUN [logs/RUN ...]
+
+Reads config.json, metrics.jsonl and evaluations.jsonl of each run folder and writes
+results/training.{json,md}: a row a run, with the command, commit, device and date it was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+
+from arguments import build_parser  # noqa: E402
+
+RESULTS = ROOT / "results"
+HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | images/s |"
+
+
+def rows_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def command_of(arguments: dict) -> str:
+    """The command line that gives these arguments; of the data folder its name alone."""
+    parser = build_parser()
+    words = ["python main.py", Path(arguments["data_folder"]).name]
+    for name, value in arguments.items():
+        if name not in ("data_folder", "kind", "resume") and value != parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            words.append(flag if value is True else f"{flag}={value}")
+    return " ".join(words)
+
+
+def summary(run: Path) -> dict:
+    """One run's figures; accuracies in per cent, on the validation set."""
+    config = json.loads((run / "config.json").read_text())
+    epochs, looks = rows_of(run / "metrics.jsonl"), rows_of(run / "evaluations.jsonl")
+    last = epochs[-1]
+    latest = {name: value for look in looks for name, value in look.items()}
+    return {
+        "run": run.name,
+        "kind": config["kind"],
+        "epochs": last["epoch"],
+        "top1": last["val_top1_accuracy"],
+        "top5": last["val_top5_accuracy"],
+        "best_top1": max(row["val_top1_accuracy"] for row in epochs),
+        "mirrored_top1": latest.get("mirrored_top1"),
+        "attacked_top1": latest.get("attacked_top1"),
+        "images_per_second": last["images_per_second"],
+        "command": command_of(config["arguments"]),
+        "started": run.name.partition("_exp_")[2],
+        **{key: config[key] for key in ("commit", "device", "torch")},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
+    names = ("top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "images_per_second")
+    for row in rows:
+        numbers = (f"{row[n]:.1f}" if row[n] is not None else "" for n in names)
+        lines.append(f"| {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    rows = [summary(run) for run in parser.parse_args().runs]
+    made = [
+        f"- {r['kind']}: `{r['command']}`, commit {r['commit']}, {r['device']}, "
+        f"torch {r['torch']}, {r['started']}"
+        for r in rows
+    ]
+    text = f"# Training runs\n\nAccuracies in per cent.\n\n{table(rows)}\n\n" + "\n".join(made)
+    (RESULTS / "training.md").write_text(text + "\n")
+    (RESULTS / "training.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
