@@ -50,7 +50,7 @@ class EventFile:
 
     def image(self, tag: str, image: Tensor, step: int) -> None:
         """Add an image (3, H, W) in [0, 1]."""
-        self._add(step=step, summary=summary.image(tag, image))
+        self._add(step=step, summary=summary.image(tag, image, dataformats="CHW"))
 
     def sync(self) -> None:
         """Have the disk hold what was written, for a machine that loses its power."""
