@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+from collections.abc import Callable, Iterator
 
 from checkpoint import parse_interval
 
@@ -23,7 +23,7 @@ def at_least(kind: type, low: float, high: float = float("inf")):
 
     def number(text: str):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or value == float("inf"):
             bounds = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
@@ -59,14 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "-j",
         "--workers",
-        type=at_least(int, 0),
+        type=at_least(int, 0, 256),
         default=default_workers(),
         help="processes that load images",
     )
     add("-p", "--print-freq", type=at_least(int, 1), default=10, help="batches between lines")
-    add("--seed", type=at_least(int, 0), default=2024)
-    add("--gpu", type=at_least(int, -1), default=0, help="id; -1 = CPU")
+    add("--seed", type=at_least(int, 0, 2**32 - 1), default=2024)
+    add("--gpu", type=at_least(int, -1), help="id, 0 by default; -1 = CPU")
     add("--use-mps", action="store_true", help="Apple's GPU")
+    add("--deterministic", action="store_true", help="the same bits each time, on a GPU, too")
 
     add = parser.add_argument_group("network (default: SimpleNet)").add_argument
     add("--use-custom-conv", action="store_true", help="SimpleNet on our own convolution")
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--momentum", type=at_least(float, 0, 1), default=0.9, help="SGD alone")
     add("--wd", "--weight-decay", type=at_least(float, 0), default=1e-4)
     add("--clip-grad", type=at_least(float, 0), default=1.0, help="ViT only; 0 = off")
-    add("--resume", default="", metavar="FILE", help="a checkpoint to go on from")
+    add("--resume", default="", metavar="FILE", help="go on from it; auto = the newest run's")
     add("--save-every", type=interval, default="10m", help="10m, 30s, or 200 (steps)")
 
     add = parser.add_argument_group("adversarial training").add_argument
@@ -95,6 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("-e", "--evaluate", action="store_true", help="accuracy with mirror averaging")
     add("-a", "--attack", action="store_true", help="accuracy under the default attack")
     add("-v", "--vis", action="store_true", help="pictures to TensorBoard, with -e or -a")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--check-data", action="store_true", help="read every file, tell what is wrong, end")
+    add("--skip-bad-images", action="store_true", help="do without those that cannot be read")
     return parser
 
 
@@ -106,19 +111,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     kinds = [flag for flag in KIND_FLAGS if getattr(args, flag)]
+    for message in contradictions(args, kinds, parser.get_default):
+        parser.error(message)
+    args.kind = KIND_FLAGS[kinds[0]] if kinds else None
+    args.gpu = 0 if args.gpu is None else args.gpu
+    return args
+
+
+def contradictions(
+    args: argparse.Namespace, kinds: list[str], default: Callable[[str], object]
+) -> Iterator[str]:
+    """Why these flags make no sense together."""
     passes = [f for f, on in (("-e", args.evaluate), ("-a", args.attack)) if on]
     if len(kinds) > 1:
-        names = " and ".join("--" + k.replace("_", "-") for k in kinds)
-        parser.error(f"{names} exclude each other")
+        yield f"{' and '.join(map(spelled, kinds))} exclude each other"
     if len(passes) > 1:
-        parser.error("-e and -a exclude each other: run one after the other")
+        yield "-e and -a exclude each other: run one after the other"
+    if args.check_data and passes:
+        yield f"--check-data stands alone: leave {passes[0]} out"
     if passes and not args.resume:
-        parser.error(f"{passes[0]} needs --resume=FILE, the checkpoint to look at")
+        yield f"{passes[0]} needs --resume=FILE, the checkpoint to look at"
     if args.vis and not passes:
-        parser.error("-v shows what -e or -a looked at: add one of them")
+        yield "-v shows what -e or -a looked at: add one of them"
     if args.pgd and passes:
-        parser.error(f"--pgd trains and {passes[0]} does not: leave one of them out")
-    if args.use_mps and "--gpu" in " ".join(argv or sys.argv[1:]):
-        parser.error("--use-mps and --gpu exclude each other")
-    args.kind = KIND_FLAGS[kinds[0]] if kinds else None
-    return args
+        yield f"--pgd trains and {passes[0]} does not: leave one of them out"
+    for flag in ("pgd_prob", "pgd_steps", "pgd_blend"):
+        if getattr(args, flag) != default(flag) and not args.pgd:
+            yield f"{spelled(flag)} needs --pgd"
+    if args.use_mps and args.gpu is not None:
+        yield "--use-mps and --gpu exclude each other"
+    if args.resume and args.start_epoch:
+        yield "--resume knows how many epochs are done: leave --start-epoch out"
+    if args.start_epoch >= args.epochs:
+        yield f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do"
+
+
+def spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -6,13 +6,17 @@ Files are only ever read with `weights_only=True`, so that a stranger's cannot r
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
 import re
+import shutil
 import signal
 import time
+import warnings
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +27,13 @@ from torch import Tensor, nn
 from utils import UserError
 
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+PREVIOUS = "checkpoint_previous.pth.tar"
+
+# What each optimizer remembers of a parameter
+MEMORY = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
 
 
 @dataclass
@@ -32,27 +43,45 @@ class Progress:
     epoch: int = 0  # epochs done
     position: int = 0  # batches done of the epoch under way
     best_acc1: float = float("-inf")
-    tally: dict = field(default_factory=dict)  # sums over the epoch under way
-    batch_size: int = 0
+    tally: list[float] = field(default_factory=list)  # sums over the epoch under way
+    order: dict = field(default_factory=dict)  # what the order of its batches follows from
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> None:
     """Replace `path` by `data`; whatever happens, the old or the new content is there, whole.
+
+    The old content is kept as `previous`, once the new one is in place: it may be a damaged file,
+    and what `previous` held the only good one.
 
     Raises:
         UserError: the disk is full, or the folder is missing or not writable.
     """
     partial = path.with_name(path.name + ".part")
+    spare = path.with_name(path.name + ".old")
     try:
         with open(partial, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+        if keep := previous is not None and path.exists():
+            _link(path, spare)
         os.replace(partial, path)
+        if keep:
+            os.replace(spare, previous)
         _sync_folder(path.parent)
     except OSError as e:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+            spare.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {e.strerror}; what was there is intact") from None
+
+
+def _link(path: Path, spare: Path) -> None:
+    spare.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, spare)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -65,25 +94,46 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save(path: Path, content: dict) -> None:
-    """Write a checkpoint."""
+def save(path: Path, content: dict, previous: Path | None = None) -> None:
+    """Write a checkpoint; see `write_atomically`."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue(), previous)
 
 
 def load(path: str | Path) -> dict:
     """Read a checkpoint on the CPU; `state_dict` comes without wrappers' prefixes.
 
     Raises:
-        UserError: the file is missing, damaged, no checkpoint, or would run code.
+        UserError: the file is missing, damaged, no checkpoint, or would run code. Where the same
+            run has a good one, the message names it.
     """
     path = Path(path)
+    try:
+        return _read(path)
+    except UserError as e:
+        others = (LAST, PREVIOUS) if path.name in (LAST, PREVIOUS, BEST) else ()
+        if good := newest_good(path.parent, others):
+            raise UserError(f"{e}; this one is good: --resume={good}") from None
+        raise
+
+
+def newest_good(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path | None:
+    """The first of these files that loads."""
+    for path in (folder / name for name in names):
+        with contextlib.suppress(UserError):
+            _read(path)
+            return path
+    return None
+
+
+def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles, which the checks here judge
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
@@ -148,9 +198,8 @@ def load_weights(model: nn.Module, content: dict, path: str | Path) -> None:
     if wrong := misfits(model, state_dict):
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit the network: {'; '.join(wrong[:3])}{more}")
-    bad = [k for k, v in state_dict.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise UserError(f"{path} holds weights that are not finite (nan or inf), in {bad[0]}")
+    if bad := not_finite({"state_dict": state_dict}):
+        raise UserError(f"{path} holds weights that are not finite (nan or inf), in {bad}")
     model.load_state_dict(state_dict)
 
 
@@ -162,29 +211,71 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict) -> str | Non
     saved = content.get("optimizer")
     if not saved:
         return "the file has no optimizer state: momentum starts at zero"
-    own = optimizer.state_dict()
-    if [len(g["params"]) for g in saved["param_groups"]] != [
-        len(g["params"]) for g in own["param_groups"]
-    ]:
+    if not _is_of(optimizer, saved):
         return "the file's optimizer state is another optimizer's: momentum starts at zero"
+    own = optimizer.state_dict()
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
     return None
 
 
-def progress_of(content: dict, batch_size: int) -> tuple[Progress, str | None]:
-    """How far the run had come, and what of it cannot be restored, in words."""
-    best = content.get("best_acc1", float("-inf"))
-    progress = Progress(int(content.get("epoch", 0)), best_acc1=float(best), batch_size=batch_size)
-    middle = content.get("progress")
-    if not middle or not middle["position"]:
-        return progress, None
-    if middle["batch_size"] != batch_size:
-        return progress, (
-            f"the file was saved in mid-epoch with -b {middle['batch_size']}: "
-            f"epoch {progress.epoch + 1} starts over with -b {batch_size}"
+def _is_of(optimizer: torch.optim.Optimizer, saved: object) -> bool:
+    """Whether a state dict is of this kind of optimizer, and of parameters of these shapes."""
+    try:
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        memories = list(saved["state"].items())
+        if sizes != [len(group["params"]) for group in optimizer.param_groups]:
+            return False
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return all(
+            memory.keys() == MEMORY[type(optimizer)]
+            and all(_fits(value, parameters[i]) for value in memory.values())
+            for i, memory in memories
         )
-    progress.position, progress.tally = middle["position"], middle["tally"]
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return False
+
+
+def _fits(value: object, parameter: Tensor) -> bool:
+    if value is None:  # SGD's momentum with --momentum=0
+        return True
+    return value.shape in (parameter.shape, ()) and bool(value.isfinite().all())
+
+
+def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
+    """How far the run had come, and what of it cannot be restored, in words.
+
+    order: what the order of this run's batches follows from, by name. An epoch that was under way
+        in another order starts over.
+
+    Raises:
+        UserError: the content makes no sense.
+    """
+    try:
+        best = float(content.get("best_acc1", float("-inf")))
+        progress = Progress(int(content.get("epoch", 0)), best_acc1=best, order=order)
+        middle = content.get("progress") or {"position": 0, "tally": [], "order": {}}
+        position, tally = int(middle["position"]), [float(v) for v in middle["tally"]]
+        changed = [name for name in order if middle["order"].get(name) != order[name]]
+        if progress.epoch < 0 or position < 0 or len(tally) not in (0, 5) or best != best:
+            raise ValueError
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, OverflowError):
+        raise UserError("the checkpoint's epoch, best_acc1 or progress makes no sense") from None
+    if position and changed:
+        return progress, (
+            f"the file was saved in mid-epoch with other {' and '.join(changed)}: "
+            f"epoch {progress.epoch + 1} starts over"
+        )
+    progress.position, progress.tally = position, tally
     return progress, None
+
+
+def not_finite(content: dict) -> str | None:
+    """The first of a checkpoint's weights and moments that holds nan or inf."""
+    moments = content.get("optimizer", {}).get("state", {})
+    tensors = {f"moment {k} of {i}": v for i, s in moments.items() for k, v in s.items()}
+    tensors |= content["state_dict"]
+    bad = (k for k, v in tensors.items() if isinstance(v, Tensor) and not v.isfinite().all())
+    return next(bad, None)
 
 
 class SavePoint:

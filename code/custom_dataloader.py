@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import cv2
@@ -64,6 +64,20 @@ class MiniPlacesLoader(Dataset):
         self.num_classes = num_classes
         self.transforms = transforms
         self.paths, self.labels = read_label_file(self.label_file, num_classes)
+        self.left_out: list[str] = []
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Do without these images; `left_out` lists those that were there.
+
+        Raises:
+            UserError: none would be left.
+        """
+        bad = set(names)
+        self.left_out = [path for path in self.paths if path in bad]
+        kept = [pair for pair in zip(self.paths, self.labels, strict=True) if pair[0] not in bad]
+        if not kept:
+            raise UserError(f"no image that {self.label_file} lists can be read; {GET_DATA}")
+        self.paths, self.labels = map(list, zip(*kept, strict=True))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -248,7 +262,7 @@ class Batches(DataLoader):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
-            worker_init_fn=_ignore_interrupt,
+            worker_init_fn=ignore_interrupt,
             # DataLoader draws a seed for each pass; from here, not from the trainer's numbers
             generator=torch.Generator(),
             **options,
@@ -261,9 +275,21 @@ class Batches(DataLoader):
             yield batch
 
 
-def _ignore_interrupt(worker: int) -> None:
+def ignore_interrupt(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; it is the trainer that decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def worker_death(error: RuntimeError) -> UserError | None:
+    """What to tell of an error with which torch reports a dead worker, at any point of a run."""
+    text = str(error)
+    if "DataLoader worker" in text and "Caught" not in text:
+        why = "memory may have run out, or /dev/shm is full"
+    elif "shared memory" in text or "No space left on device" in text:
+        why = "/dev/shm is full"
+    else:
+        return None
+    return UserError(f"a process that loads images died ({why}): use fewer of them, -j 1 or -j 0")
 
 
 def _collate(samples: list | UserError):

@@ -35,32 +35,32 @@ class Tally:
     """Loss, top-1 and top-5 summed on the device; `read` is the only point that synchronises."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, device=device)  # of loss, top-1 hits, top-5 hits
-        self.last = torch.zeros(3, device=device)  # the latest batch's share of them
-        self.count = self.last_count = 0
+        self.sums = torch.zeros(4, device=device)  # of loss, top-1 hits, top-5 hits, images
+        self.last = torch.zeros(4, device=device)  # the latest batch's share of them
+        self.finite = torch.zeros((), device=device)  # batches before the loss left the numbers
 
     @torch.no_grad()
     def add(self, logits: Tensor, target: Tensor, loss: Tensor | None = None) -> None:
         """Count one batch: logits (N, K), target (N,), loss the batch's mean."""
         n, k = logits.shape
         hits = logits.topk(min(5, k)).indices == target[:, None]  # (N, 5)
-        total = loss.detach().float() * n if loss is not None else logits.new_zeros(())
-        self.last = torch.stack([total.float(), hits[:, 0].sum().float(), hits.sum().float()])
+        total = loss.detach() * n if loss is not None else logits.new_zeros(())
+        shares = (total, hits[:, 0].sum(), hits.sum(), logits.new_full((), n))
+        self.last = torch.stack([share.float() for share in shares])
         self.sums += self.last
-        self.last_count = n
-        self.count += n
+        self.finite += self.sums[0].isfinite()  # a sum that was not finite once stays so
 
     def read(self) -> tuple[Scores, Scores]:
         """The scores of the latest batch and of all batches so far."""
         last, sums = torch.stack([self.last, self.sums]).tolist()
-        return Scores.of(last, self.last_count), Scores.of(sums, self.count)
+        return Scores.of(*last), Scores.of(*sums)
 
-    def state(self) -> dict:
-        return {"sums": self.sums.tolist(), "count": self.count}
+    def state(self) -> list[float]:
+        return [*self.sums.tolist(), self.finite.item()]
 
-    def restore(self, state: dict) -> None:
-        self.sums = torch.tensor(state["sums"], device=self.sums.device)
-        self.count = state["count"]
+    def restore(self, state: list[float]) -> None:
+        self.sums = torch.tensor(state[:4], device=self.sums.device)
+        self.finite = torch.tensor(state[4], device=self.sums.device)
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Scores:
     acc5: float
 
     @classmethod
-    def of(cls, sums: list[float], n: int) -> Scores:
-        loss, hits1, hits5 = (s / max(n, 1) for s in sums)
-        return cls(loss, 100 * hits1, 100 * hits5)
+    def of(cls, loss: float, hits1: float, hits5: float, n: float) -> Scores:
+        n = max(n, 1)
+        return cls(loss / n, 100 * hits1 / n, 100 * hits5 / n)
 
 
 @dataclass

@@ -7,16 +7,17 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoint import write_atomically
 from engine import Clock, Scores
+from event_file import EventFile
 from utils import UserError
 
 LOGS = Path(__file__).resolve().parent.parent / "logs"
@@ -40,6 +41,13 @@ def new_run(kind: str) -> Path:
             raise UserError(f"cannot make the run folder {folder}: {e.strerror}") from None
 
 
+def newest_run(kinds: Iterable[str]) -> Path | None:
+    """The run folder of one of these kinds that was begun last."""
+    begun = {f: f.name.partition("_exp_") for f in LOGS.glob("*_exp_*")}
+    folders = [f for f, (kind, _, _) in begun.items() if kind in kinds]
+    return max(folders, key=lambda f: begun[f][2], default=None)
+
+
 def run_of(checkpoint: str | Path) -> Path | None:
     """The run folder that a checkpoint lies in, None for one outside any."""
     models = Path(checkpoint).resolve().parent
@@ -51,18 +59,18 @@ class Logbook:
 
     A resumed run passes its next iteration and the epochs it has done: points and rows that were
     written after the checkpoint are dropped, since the run writes them again.
+
+    Raises:
+        UserError: here or at any record, if the disk is full or the folder not writable.
     """
 
     def __init__(self, folder: Path, step: int = 0, epochs_done: int = 0) -> None:
         self.folder = folder
-        self.writer = SummaryWriter(folder, purge_step=step or None)
-        self.groups = {}
-        self.group_purge = epochs_done + 1 if step else None
-        self.rows = []
+        self.events = EventFile(folder, step or None)
+        self.curves: dict[tuple[str, str], EventFile] = {}
+        self.curves_purge = epochs_done + 1 if step else None
         self.metrics = folder / "metrics.jsonl"
-        if step and self.metrics.exists():
-            rows = map(json.loads, self.metrics.read_text().splitlines())
-            self.rows = [row for row in rows if row["epoch"] <= epochs_done]
+        self.rows = read_rows(self.metrics, epochs_done) if step else []
 
     def config(self, content: dict) -> None:
         """Write down how the run was started."""
@@ -70,14 +78,14 @@ class Logbook:
         write_atomically(self.folder / "config.json", json.dumps(content, indent=2).encode())
 
     def step(self, iteration: int, loss: float, learning_rate: float) -> None:
-        self.writer.add_scalar("data/training_loss", loss, iteration)
-        self.writer.add_scalar("data/learning_rate", learning_rate, iteration)
+        self.events.scalar("data/training_loss", loss, iteration)
+        self.events.scalar("data/learning_rate", learning_rate, iteration)
 
-    def epoch(self, epoch: int, train: Scores, val: Scores, **more: float) -> None:
+    def epoch(self, epoch: int, train: Scores, val: Scores, **more: float | None) -> None:
         """Record one finished epoch, counted from 1."""
         for tag, attribute in ACCURACIES.items():
             for name, scores in (("train", train), ("val", val)):
-                self._group(tag, name).add_scalar(f"data/{tag}", getattr(scores, attribute), epoch)
+                self._curve(tag, name).scalar(f"data/{tag}", getattr(scores, attribute), epoch)
         self.rows.append(
             {
                 "epoch": epoch,
@@ -89,29 +97,42 @@ class Logbook:
         )
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.metrics, text.encode())
-        self.flush()
 
-    def _group(self, tag: str, name: str) -> SummaryWriter:
-        """The writer of one curve of a scalar group, in the folder that add_scalars would use."""
-        if (tag, name) not in self.groups:
+    def _curve(self, tag: str, name: str) -> EventFile:
+        """One curve of a scalar group, in the folder that torch's add_scalars would use."""
+        if (tag, name) not in self.curves:
             folder = self.folder / f"data_{tag}_{name}"
-            self.groups[tag, name] = SummaryWriter(folder, purge_step=self.group_purge)
-        return self.groups[tag, name]
+            self.curves[tag, name] = EventFile(folder, self.curves_purge)
+        return self.curves[tag, name]
 
     def picture(self, tag: str, image: Tensor, step: int) -> None:
         """Show an image (3, H, W) in [0, 1] under TensorBoard's Images."""
-        self.writer.add_image(tag, image, step)
+        self.events.image(tag, image, step)
 
-    def flush(self) -> None:
-        for writer in (self.writer, *self.groups.values()):
-            writer.flush()
+    def sync(self) -> None:
+        """Have the disk hold all points, as a checkpoint that comes after them relies on it."""
+        for file in (self.events, *self.curves.values()):
+            file.sync()
 
     def __enter__(self) -> Logbook:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for writer in (self.writer, *self.groups.values()):
-            writer.close()
+        for file in (self.events, *self.curves.values()):
+            file.close()
+
+
+def read_rows(metrics: Path, epochs: int) -> list[dict]:
+    """The rows of the first `epochs` epochs.
+
+    Raises:
+        UserError: the file cannot be read, or a line of it is no row.
+    """
+    try:
+        lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+        return [row for row in map(json.loads, lines) if row["epoch"] <= epochs]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"cannot read {metrics}: {e}; move it away to go on") from None
 
 
 def commit() -> str | None:

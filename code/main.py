@@ -19,11 +19,17 @@ from torch import Tensor, nn
 
 import arguments
 import checkpoint
+import data_audit
 import engine
 import logbook
 import networks
 import student_code
-from custom_dataloader import MiniPlacesLoader, count_classes, validation_batches
+from custom_dataloader import (
+    MiniPlacesLoader,
+    count_classes,
+    validation_batches,
+    worker_death,
+)
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Tally
 from logbook import Console, Logbook, final_line
@@ -42,6 +48,8 @@ def choose_device(gpu: int, use_mps: bool) -> torch.device:
     if gpu == -1:
         return torch.device("cpu")
     if not torch.cuda.is_available():
+        if gpu > 0:
+            raise UserError(f"--gpu {gpu}: PyTorch finds no CUDA GPU here; --gpu=-1 is the CPU")
         print("No CUDA device found: running on the CPU.")
         return torch.device("cpu")
     if gpu >= torch.cuda.device_count():
@@ -124,23 +132,63 @@ def show_attack(book: Logbook, x: Tensor, x_adv: Tensor, step: int) -> None:
         book.picture(tag, student_code.default_visfunction(batch), step)
 
 
+def find_checkpoint(kind: str | None) -> str:
+    """--resume=auto: the newest good checkpoint of the newest run, '' where there is none."""
+    folder = logbook.newest_run([kind] if kind else networks.BUILDERS)
+    path = folder and checkpoint.newest_good(folder / "models")
+    if path:
+        return os.path.relpath(path)
+    print(f"--resume=auto: {folder or logbook.LOGS} holds no checkpoint; starting afresh")
+    return ""
+
+
+def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlacesLoader]) -> None:
+    """--skip-bad-images; a resumed run leaves out what it always did, so that it stays the same."""
+    names = None if args.evaluate or args.attack else content.get("left_out")
+    if names is None and args.skip_bad_images:
+        print("Reading every image once, to leave out the bad ones")
+        names = data_audit.unreadable(datasets, args.workers)
+    for dataset in datasets:
+        dataset.leave_out(names or [])
+        for name in dataset.left_out:
+            print(f"left out: {name}")
+    if names:
+        print(f"{len(names)} images are left out.")
+
+
 def run(args: Namespace) -> int:
+    if args.check_data:
+        return data_audit.check(args.data_folder, args.workers)
     place = Place(choose_device(args.gpu, args.use_mps))
+    if args.deterministic:
+        make_deterministic()
     num_classes = count_classes(args.data_folder)
     torch.manual_seed(args.seed)
+    if args.resume == "auto":
+        args.resume = find_checkpoint(args.kind)
     kind, model, content = make_network(args, num_classes)
     model = model.to(place.device, memory_format=place.memory_format)
-    val_set = MiniPlacesLoader(
-        args.data_folder, None, num_classes, "val", student_code.get_val_transforms()
-    )
-    if args.evaluate or args.attack:
-        batches = validation_batches(val_set, args.workers, place.device.type == "cuda")
+    only_look = args.evaluate or args.attack
+    transforms = {"val": student_code.get_val_transforms()}
+    if not only_look:
+        transforms["train"] = student_code.get_train_transforms()
+    sets = {
+        split: MiniPlacesLoader(args.data_folder, None, num_classes, split, transform)
+        for split, transform in transforms.items()
+    }
+    leave_out_bad_images(args, content, list(sets.values()))
+    if only_look:
+        batches = validation_batches(sets["val"], args.workers, place.device.type == "cuda")
         (evaluate if args.evaluate else attack)(args, model, batches, place)
         return 0
-    train_set = MiniPlacesLoader(
-        args.data_folder, None, num_classes, "train", student_code.get_train_transforms()
-    )
-    return Trainer(args, kind, model, content, train_set, val_set, place).train()
+    return Trainer(args, kind, model, content, sets["train"], sets["val"], place).train()
+
+
+def make_deterministic() -> None:
+    """--deterministic: the same bits from every run on the same GPU, some operations slower."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it, NVIDIA's manual
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,8 +198,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments.parse(argv))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+        return refuse(e)
+    except torch.OutOfMemoryError:
+        return refuse(UserError("the GPU's memory is too small for this: use a smaller -b"))
+    except RuntimeError as e:
+        if (death := worker_death(e)) is None:
+            raise
+        return refuse(death)
+    except KeyboardInterrupt:
+        print("Stopped at once; what was saved is whole.", file=sys.stderr)
+        return 130
+
+
+def refuse(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

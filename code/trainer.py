@@ -6,8 +6,8 @@ import math
 import os
 import shlex
 import sys
+import zlib
 from argparse import Namespace
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -44,12 +44,14 @@ class Trainer:
     ) -> None:
         self.args, self.kind, self.model, self.place = args, kind, model, place
         pin = place.device.type == "cuda"
+        self.train_set, self.left_out = train_set, sorted(train_set.left_out + val_set.left_out)
         self.batches = training_batches(train_set, args.batch_size, args.seed, args.workers, pin)
         self.val_batches = validation_batches(val_set, args.workers, pin)
         self.optimizer = make_optimizer(args, kind, model)
-        self.progress = Progress(args.start_epoch, batch_size=args.batch_size)
+        order = {"-b": args.batch_size, "--seed": args.seed, "images": fingerprint(train_set)}
+        self.progress = Progress(args.start_epoch, order=order)
         if content:
-            self.progress, lost = checkpoint.progress_of(content, args.batch_size)
+            self.progress, lost = checkpoint.progress_of(content, order)
             for line in filter(None, (lost, checkpoint.load_optimizer(self.optimizer, content))):
                 print(f"Resuming: {line}.")
         self.scheduler = make_schedule(args, self.optimizer, len(self.batches), self.progress)
@@ -64,23 +66,31 @@ class Trainer:
             return 0
         own = logbook.run_of(self.resumed_from) if self.resumed_from else None
         self.folder = own or logbook.new_run(self.kind)
+        self.models = self.folder / "models"
         print(f"Logs and checkpoints: {os.path.relpath(self.folder)}")
         with (
             Logbook(self.folder, self.scheduler.last_epoch, progress.epoch) as self.book,
             SavePoint(args.save_every) as self.point,
         ):
             self.book.config(
-                {"kind": self.kind, "device": str(self.place.device), "arguments": vars(args)}
+                {
+                    "kind": self.kind,
+                    "device": str(self.place.device),
+                    "arguments": vars(args),
+                    "left_out": self.left_out,
+                }
             )
             while progress.epoch < args.epochs:
-                scores, clock = self._train_epoch()
-                if self.point.stopped_by:
+                seconds = self._train_epoch()
+                if self.point.stopped_by or not self._finish_epoch(seconds):
                     return self._report_stop()
-                self._finish_epoch(scores, clock)
         return 0
 
-    def _train_epoch(self) -> tuple[Scores, Clock]:
-        """Train to the end of the epoch, or to the step after which a stop was asked for."""
+    def _train_epoch(self) -> float:
+        """Train to the end of the epoch, or to the step after which a stop was asked for.
+
+        Returns the mean seconds of a step; `progress` holds the rest.
+        """
         progress, first = self.progress, self.progress.position
         tally, clock = Tally(self.place.device), Clock()
         if progress.tally:
@@ -104,73 +114,117 @@ class Trainer:
                 progress.position = i + 1
                 if console.step(i):
                     last, mean = tally.read()
-                    self._check_finite(mean.loss, rate)
+                    self._check_loss(mean, tally)
                     console.train_line(
                         progress.epoch + 1, i, clock, last, mean, self.args.batch_size
                     )
                     self.book.step(self.scheduler.last_epoch - 1, last.loss, rate)
                 if self.point.due():
-                    self._check_finite(tally.read()[1].loss, rate)
-                    progress.tally = tally.state()
+                    self._keep(tally)
                     self._save_last()
                     if self.point.stopped_by:
                         break
-        scores = tally.read()[1]
-        self._check_finite(scores.loss, self.scheduler.get_last_lr()[0])
-        return scores, clock
+        self._keep(tally)
+        return clock.step.avg
 
-    def _finish_epoch(self, train: Scores, clock: Clock) -> None:
-        """Validate, record, save. In this order a kill in between only repeats the rest."""
+    def _keep(self, tally: Tally) -> None:
+        """Take the sums so far into `progress`, if they and the weights are finite."""
+        self._check_loss(tally.read()[1], tally)
+        if bad := checkpoint.not_finite(self._content()):
+            raise self._diverged(f"{bad} is no longer finite", self.progress.position - 1)
+        self.progress.tally = tally.state()
+
+    def _finish_epoch(self, seconds: float) -> bool:
+        """Validate, record, save. In this order a kill in between only repeats the rest.
+
+        Returns False if a stop was asked for before validation had ended.
+        """
         progress = self.progress
-        val = validate(self.model, self.val_batches, self.place, self.args.print_freq)
+        val = self._validate()
+        if val is None:
+            self._save_last()
+            return False
         print(logbook.final_line(val))
-        progress.epoch, progress.position, progress.tally = progress.epoch + 1, 0, {}
+        train = Scores.of(*progress.tally[:4])
+        progress.epoch, progress.position, progress.tally = progress.epoch + 1, 0, []
         self.book.epoch(
             progress.epoch,
             train,
             val,
             learning_rate=self.scheduler.get_last_lr()[0],
-            images_per_second=self.args.batch_size / max(clock.step.avg, 1e-9),
+            images_per_second=self.args.batch_size / seconds if seconds else None,
         )
         if val.acc1 > progress.best_acc1:
             progress.best_acc1 = val.acc1
-            checkpoint.save(self.folder / "models" / checkpoint.BEST, self._content())
+            without = {"optimizer", "scheduler", "progress"}
+            best = {k: v for k, v in self._content().items() if k not in without}
+            checkpoint.save(self.models / checkpoint.BEST, best)
         self._save_last()
+        return True
+
+    def _validate(self) -> Scores | None:
+        """Plain accuracy over the validation set; None if a stop is asked for meanwhile."""
+        tally, clock = Tally(self.place.device), Clock()
+        passes = engine.evaluate(self.model, self.val_batches, self.place, tally, clock)
+        with Console(len(self.val_batches), self.args.print_freq) as console:
+            for i, _ in enumerate(passes):
+                if console.step(i):
+                    console.test_line(i, clock, *tally.read())
+                if self.point.stopped_by:
+                    return None
+        return tally.read()[1]
 
     def _content(self) -> dict:
+        progress = self.progress
         return {
-            "epoch": self.progress.epoch,
+            "epoch": progress.epoch,
             "model_arch": ARCHITECTURES.get(self.kind, self.kind),
             "kind": self.kind,
             "state_dict": self.model.state_dict(),
-            "best_acc1": self.progress.best_acc1,
+            "best_acc1": progress.best_acc1,
+            "left_out": self.left_out,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "progress": {k: getattr(progress, k) for k in ("position", "tally", "order")},
         }
 
     def _save_last(self) -> None:
-        memory = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "progress": asdict(self.progress),
-        }
-        self.book.flush()
-        checkpoint.save(self.folder / "models" / checkpoint.LAST, {**self._content(), **memory})
+        self.book.sync()
+        previous = self.models / checkpoint.PREVIOUS
+        checkpoint.save(self.models / checkpoint.LAST, self._content(), previous)
         self.point.saved()
 
-    def _check_finite(self, loss: float, rate: float) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} in epoch {self.progress.epoch + 1}, by step "
-                f"{self.progress.position} (learning rate {rate:.3g}): try a lower --lr; "
-                f"the last good checkpoint is in {os.path.relpath(self.folder / 'models')}"
-            )
+    def _check_loss(self, mean: Scores, tally: Tally) -> None:
+        if not math.isfinite(mean.loss):
+            raise self._diverged(f"the loss became {mean.loss}", int(tally.finite))
+
+    def _diverged(self, what: str, batch: int) -> UserError:
+        """The error that names the batch of this epoch, counted from 0, after which `what` held."""
+        epoch, steps = self.progress.epoch, len(self.batches)
+        names = [self.train_set.paths[i] for i in self.batches.batch_sampler.indices(epoch, batch)]
+        listed = self.folder / "bad_batch.txt"
+        checkpoint.write_atomically(listed, "\n".join([*names, ""]).encode())
+        rate = self.scheduler.rates(epoch * steps + batch)[0]
+        good = checkpoint.newest_good(self.models)
+        return UserError(
+            f"{what} in epoch {epoch + 1}, step {batch + 1} of {steps} (learning rate {rate:.3g}), "
+            f"on {names[0]} and {len(names) - 1} more, listed in {os.path.relpath(listed)}; "
+            + (f"the last good checkpoint is {os.path.relpath(good)}" if good else "none was saved")
+            + ": try a lower --lr"
+        )
 
     def _report_stop(self) -> int:
-        last = os.path.relpath(self.folder / "models" / checkpoint.LAST)
+        last = os.path.relpath(self.models / checkpoint.LAST)
         words = [w for w in sys.argv if not w.startswith("--resume=")]
         if "--resume" in words:
             del words[words.index("--resume") :][:2]
         print(f"Stopped and saved. Go on with:\n  python {shlex.join(words)} --resume={last}")
         return 128 + self.point.stopped_by
+
+
+def fingerprint(dataset: Dataset) -> int:
+    """A number that other images, labels or another order of them would change."""
+    return zlib.crc32(repr((dataset.paths, dataset.labels)).encode())
 
 
 def make_optimizer(args: Namespace, kind: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -205,13 +259,3 @@ def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | N
     pixels = Pixels("normalised", IMAGENET_MEAN, IMAGENET_STD)
     attack = PGD(epsilon=TRAINING_EPSILON, steps=args.pgd_steps, random_start=True, pixels=pixels)
     return AdversarialTraining(attack, args.pgd_prob, args.pgd_blend, total_steps // 2)
-
-
-def validate(model: nn.Module, batches, place: Place, print_freq: int) -> Scores:
-    """Plain accuracy over the validation set."""
-    tally, clock = Tally(place.device), Clock()
-    with Console(len(batches), print_freq) as console:
-        for i, _ in enumerate(engine.evaluate(model, batches, place, tally, clock)):
-            if console.step(i):
-                console.test_line(i, clock, *tally.read())
-    return tally.read()[1]

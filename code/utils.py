@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+
+MAX_PIXELS, MAX_RATIO = 2**26, 100
+
+# OpenCV reads these when it is loaded. By default it decodes up to 2**30 pixels, 3 GB, whatever the
+# size of the file, and prints warnings beside the errors that it returns.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
+os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
+import cv2  # noqa: E402
 
 
 class UserError(Exception):
@@ -17,19 +25,27 @@ class UserError(Exception):
 def load_image(path: str | Path) -> np.ndarray:
     """Read an image file as RGB, uint8, (H, W, 3).
 
-    Grey, alpha and 16-bit files are converted to 8-bit RGB; an EXIF rotation is applied.
+    Grey, CMYK, alpha and 16-bit files are converted to 8-bit RGB; an EXIF rotation is applied.
 
     Raises:
-        UserError: the file is missing, unreadable or not an image.
+        UserError: the file is missing, unreadable, cut off, not an image, or too large to decode:
+            above 67 million pixels, or a strip that scaling by its shorter side would blow up.
     """
     try:
-        # imdecode rather than imread: imread cannot open non-ASCII paths on Windows
-        data = np.fromfile(path, dtype=np.uint8)
+        # imdecode rather than imread: imread cannot open non-ASCII paths on Windows, and fills up
+        # a JPEG that was cut off
+        image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)
     except OSError as e:
         raise UserError(f"cannot read the image {path}: {e.strerror or e}") from None
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error as e:
+        large = "MAX_IMAGE" in str(e)
+        reason = f"it has over {MAX_PIXELS:,} pixels" if large else "it is empty or damaged"
+        raise UserError(f"cannot read the image {path}: {reason}") from None
     if image is None:
-        raise UserError(f"cannot read the image {path}: it is empty, damaged or not an image")
+        raise UserError(f"cannot read the image {path}: it is damaged or not an image")
+    height, width = image.shape[:2]
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise UserError(f"cannot read the image {path}: {width}×{height} pixels are a strip")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
@@ -109,9 +125,11 @@ class LinearWarmupCosineAnnealingLR(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
+        return self.rates(self.last_epoch)
+
+    def rates(self, step: int) -> list[float]:
+        """The rate of each parameter group at any step."""
         return [
-            warmup_cosine(
-                self.last_epoch, self.warmup, self.max, self.warmup_start_lr, base, self.eta_min
-            )
+            warmup_cosine(step, self.warmup, self.max, self.warmup_start_lr, base, self.eta_min)
             for base in self.base_lrs
         ]

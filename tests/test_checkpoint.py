@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from torch import nn
 
 import checkpoint
 from utils import UserError
-
-CODE = Path(checkpoint.__file__).parent
 
 
 def network(seed=0):
@@ -48,7 +45,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
 def test_numpy_numbers_of_old_files_load(tmp_path):
     content = {"state_dict": {}, "best_acc1": np.float64(43.6), "epoch": np.int64(60)}
     torch.save(content, tmp_path / "x")
-    progress, lost = checkpoint.progress_of(checkpoint.load(tmp_path / "x"), 256)
+    progress, lost = checkpoint.progress_of(checkpoint.load(tmp_path / "x"), {})
     assert (progress.best_acc1, progress.epoch, lost) == (43.6, 60, None)
 
 
@@ -159,26 +156,34 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(full_disk):
     assert os.listdir(full_disk) == [path.name]
 
 
-WRITER = """
-import sys, torch, checkpoint
-from pathlib import Path
-for i in range(10_000):
-    checkpoint.save(Path(sys.argv[1]), {"state_dict": {"a": torch.full((50_000,), float(i))}})
-    if i == 0:
-        print("started", flush=True)
-"""
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork")
 
 
+def in_a_child(work):
+    """Start `work` in a copy of this process; return its id."""
+    if child := os.fork():
+        return child
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+@forks
 @pytest.mark.parametrize("delay", [0.01, 0.037, 0.11])
 def test_killed_while_writing_leaves_a_whole_file(tmp_path, delay):
     path = tmp_path / "checkpoint.pth.tar"
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], cwd=CODE, stdout=subprocess.PIPE
-    )
-    writer.stdout.readline()
+
+    def keep_writing():
+        for i in range(10_000):
+            checkpoint.save(path, {"state_dict": {"a": torch.full((50_000,), float(i))}})
+
+    child = in_a_child(keep_writing)
+    while not path.exists():
+        time.sleep(0.001)
     time.sleep(delay)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
     values = checkpoint.load(path)["state_dict"]["a"]
     assert (values == values[0]).all() and len(values) == 50_000
 
@@ -214,3 +219,144 @@ def test_a_save_is_due_every_n_steps():
         if due[-1]:
             point.saved()
     assert due == [False, False, True, False, False, True, False]
+
+
+def value_of(path):
+    return checkpoint.load(path)["state_dict"]["a"].item()
+
+
+def write(folder, value):
+    content = {"state_dict": {"a": torch.tensor(float(value))}}
+    checkpoint.save(folder / checkpoint.LAST, content, folder / checkpoint.PREVIOUS)
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    write(tmp_path, 1)
+    assert os.listdir(tmp_path) == [checkpoint.LAST]
+    write(tmp_path, 2)
+    write(tmp_path, 3)
+    assert value_of(tmp_path / checkpoint.LAST) == 3
+    assert value_of(tmp_path / checkpoint.PREVIOUS) == 2
+    assert sorted(os.listdir(tmp_path)) == sorted([checkpoint.LAST, checkpoint.PREVIOUS])
+
+
+@pytest.mark.parametrize("name", [checkpoint.LAST, checkpoint.BEST])
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path, name):
+    for value in (1, 2):
+        write(tmp_path, value)
+    good = checkpoint.PREVIOUS if name == checkpoint.LAST else checkpoint.LAST
+    (tmp_path / name).write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(UserError, match=rf"damaged.*this one is good: --resume=.*{good}$"):
+        checkpoint.load(tmp_path / name)
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"no checkpoint at.*this one is good: .*{good}$"):
+        checkpoint.load(tmp_path / name)
+
+
+def die_at(monkeypatch, name, count):
+    """Have this process killed at its so-many-th call (from 0) of a function of os."""
+    original, calls = getattr(os, name), iter(range(count + 1))
+
+    def call(*args, **options):
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@forks
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("name", "count", "renamed"),
+    [
+        ("fsync", 0, False),
+        ("link", 0, False),
+        ("replace", 0, False),
+        ("replace", 1, True),
+        ("fsync", 1, True),
+    ],
+)
+def test_killed_between_any_two_steps_of_a_save_leaves_a_good_one(
+    tmp_path, monkeypatch, name, count, renamed, damaged
+):
+    """With a damaged last one, too, which must not drive out the good one before."""
+    for value in (1, 2):
+        write(tmp_path, value)
+    if damaged:
+        (tmp_path / checkpoint.LAST).write_bytes(b"damaged")
+    with monkeypatch.context() as patch:
+        die_at(patch, name, count)
+        child = in_a_child(lambda: write(tmp_path, 3))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert value_of(checkpoint.newest_good(tmp_path)) == (3 if renamed else 1 if damaged else 2)
+    write(tmp_path, 4)  # what the kill left behind is no obstacle
+    assert sorted(os.listdir(tmp_path)) == sorted([checkpoint.LAST, checkpoint.PREVIOUS])
+
+
+def test_what_is_not_finite_is_found_in_weights_and_moments():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    assert checkpoint.not_finite(content) is None
+    optimizer.state[model[0].bias]["exp_avg"][1] = float("inf")
+    assert checkpoint.not_finite({**content, "optimizer": optimizer.state_dict()}) == (
+        "moment exp_avg of 1"
+    )
+    model[1].running_var[0] = float("nan")
+    assert "running_var" in checkpoint.not_finite({"state_dict": model.state_dict()})
+
+
+ORDER = {"-b": 16, "--seed": 1}
+MIDDLE = {"position": 3, "tally": [1.0, 2.0, 3.0, 48.0, 3.0], "order": ORDER}
+
+
+def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
+    content = {"epoch": 2, "best_acc1": 7.5, "progress": MIDDLE}
+    progress, lost = checkpoint.progress_of(content, ORDER)
+    assert (progress.epoch, progress.position, progress.best_acc1, lost) == (2, 3, 7.5, None)
+    progress, lost = checkpoint.progress_of(content, {"-b": 32, "--seed": 1})
+    assert (progress.epoch, progress.position, progress.tally) == (2, 0, [])
+    assert lost == "the file was saved in mid-epoch with other -b: epoch 3 starts over"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": "two"},
+        {"epoch": -1},
+        {"epoch": float("nan")},
+        {"best_acc1": float("nan")},
+        {"best_acc1": torch.zeros(3)},
+        {"progress": [1]},
+        {"progress": {"position": 1}},
+        {"progress": {**MIDDLE, "tally": [1.0]}},
+        {"progress": {**MIDDLE, "order": None}},
+        {"progress": {**MIDDLE, "position": -1}},
+    ],
+    ids=str,
+)
+def test_a_progress_that_makes_no_sense_is_refused(change):
+    with pytest.raises(UserError, match="makes no sense"):
+        checkpoint.progress_of({"epoch": 2, **change}, ORDER)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {0: {"momentum_buffer": torch.zeros(9)}},
+        {0: {"exp_avg": torch.zeros(3, 4)}},
+        {99: {"momentum_buffer": torch.zeros(3, 4)}},
+        {0: {"momentum_buffer": torch.full((3, 4), torch.nan)}},
+        {0: 5},
+        [1],
+    ],
+    ids=lambda s: str(s)[:30],
+)
+def test_a_foreign_optimizer_state_is_left_out(state):
+    optimizer = torch.optim.SGD(network().parameters(), lr=0.1, momentum=0.9)
+    saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    assert "another optimizer's" in checkpoint.load_optimizer(optimizer, {"optimizer": saved})
+    assert not optimizer.state_dict()["state"]

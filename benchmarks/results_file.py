@@ -1,0 +1,40 @@
+"""Sections of results/*.md that programs write: each replaces its own and leaves the others."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_section(name: str, title: str, text: str) -> None:
+    """Put `text` under the heading `title` of results/`name`, at the end if it is new."""
+    path = ROOT / "results" / name
+    path.parent.mkdir(exist_ok=True)
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    section = f"## {title}\n\n{text.strip()}\n\n"
+    pattern = rf"^## {re.escape(title)}\n.*?(?=^## |\Z)"
+    new, found = re.subn(pattern, lambda _: section, old, flags=re.M | re.S)
+    if not found:
+        new = f"{old.rstrip()}\n\n{section}".lstrip()
+    path.write_text(new.rstrip() + "\n", encoding="utf-8")
+
+
+def provenance() -> str:
+    """Command, commit, machine, date and versions of this run, as one line of Markdown."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    return (
+        f"`{command}`, commit {commit or 'unknown'}, {torch.get_num_threads()} threads of "
+        f"{platform.system()} {platform.machine()} (CPU), Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
+    )

@@ -1,0 +1,74 @@
+"""TensorBoard event files, written by the caller's own thread.
+
+torch's SummaryWriter writes from a thread that holds records back for minutes and, on a full disk,
+prints a traceback from there. Here each record is in the file when the call returns, so that a
+killed run has lost none, and an error is the caller's to handle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+from torch.utils.tensorboard import summary
+
+from utils import UserError
+
+_numbers = itertools.count()
+
+
+class EventFile:
+    """A new event file in `folder`.
+
+    TensorBoard forgets every point of the folder's older files from `purge_step` on.
+
+    Raises:
+        UserError: here or at any record, if the disk is full or the folder not writable.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        # TensorBoard reads a folder's files in the order of their names
+        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self.path = folder / f"events.out.tfevents.{name}"
+        with self._errors_as_one_line():
+            folder.mkdir(exist_ok=True)
+            self.file = open(self.path, "wb")  # noqa: SIM115 - stays open as long as the run
+        self.records = RecordWriter(self.file)
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        self._add(step=step, summary=summary.scalar(tag, value))
+
+    def image(self, tag: str, image: Tensor, step: int) -> None:
+        """Add an image (3, H, W) in [0, 1]."""
+        self._add(step=step, summary=summary.image(tag, image, dataformats="CHW"))
+
+    def sync(self) -> None:
+        """Have the disk hold what was written, for a machine that loses its power."""
+        with self._errors_as_one_line():
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # each record that was written is in the file already
+            self.file.close()
+
+    def _add(self, **content: object) -> None:
+        with self._errors_as_one_line():
+            self.records.write(Event(wall_time=time.time(), **content).SerializeToString())
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def _errors_as_one_line(self):
+        try:
+            yield
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror or e}") from None

@@ -1,0 +1,139 @@
+"""Runs that are killed at chosen points and resumed end like one that nobody touched, bit by bit.
+
+Each run is main.py in a process of its own, forked from a server that has it imported, with small
+networks: benchmarks/torture.py takes the real ones and random moments.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.run_state import final_state
+from torch import nn
+
+import engine
+import logbook
+import main
+import networks
+import student_code
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork and SIGKILL", allow_module_level=True)
+
+BUILDERS = {
+    "torch_conv": lambda n: nn.Sequential(
+        nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(2048, n)
+    ),
+    "vit": lambda n: student_code.SimpleViT(num_classes=n, embed_dim=32, depth=2, num_heads=2),
+}
+SERVER = multiprocessing.get_context("forkserver")
+COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", "--save-every=1"]
+VARIANTS = {
+    "no worker": ["-j=0"],
+    "2 workers": ["-j=2"],
+    "adversarial": ["-j=1", "--pgd", "--pgd-steps=1"],
+    "vit": ["-j=0", "--use-vit"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Have the server import main.py, once; it knows no sys.path but this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.path.dirname(main.__file__))
+        SERVER.set_forkserver_preload(["main", "torch._dynamo"])  # as optimizers import it
+        forkserver.ensure_running()
+
+
+def child(words: list[str], logs: Path, output: Path, kill: tuple[str, str, int] | None) -> None:
+    """A run of main.py; `kill` = (module, function, n) has it killed at the n-th call, from 0."""
+    with open(output, "ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    torch.set_num_threads(1)
+    # what the run's own workers start by, elsewhere than in a forkserver's child
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
+    logbook.LOGS = logs
+    networks.BUILDERS = BUILDERS
+    if kill:
+        module, name, count = kill
+        owner = {"os": os, "engine": engine, "book": logbook.Logbook}[module]
+        original, calls = getattr(owner, name), iter(range(10**6))
+
+        def call(*args, **options):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **options)
+
+        setattr(owner, name, call)
+    sys.argv = ["main.py", *words]
+    sys.exit(main.main(words))
+
+
+class Runs:
+    """Runs with the same data and flags, their logs in one folder."""
+
+    def __init__(self, data: Path, folder: Path, flags: list[str]) -> None:
+        self.words = [str(data), *COMMON, *flags]
+        self.logs, self.output = folder / "logs", folder / "output.txt"
+
+    def start(self, *more: str, kill=None):
+        arguments = ([*self.words, *more], self.logs, self.output, kill)
+        process = SERVER.Process(target=child, args=arguments)
+        process.start()
+        return process
+
+    def run(self, *more: str, kill=None) -> int:
+        """The exit code."""
+        process = self.start(*more, kill=kill)
+        process.join(200)
+        if process.exitcode is None:
+            process.kill()
+            pytest.fail(f"it hangs: {self.text()}")
+        return process.exitcode
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def folders(self) -> list[Path]:
+        return sorted(self.logs.glob("*_exp_*"))
+
+
+@pytest.fixture(scope="module")
+def whole(sample_root, tmp_path_factory):
+    """The final state of each variant when nobody kills it, made when asked for."""
+    states = {}
+
+    def state(variant: str) -> dict:
+        if variant not in states:
+            folder = tmp_path_factory.mktemp("whole")
+            runs = Runs(sample_root, folder, VARIANTS[variant])
+            assert runs.run() == 0, runs.text()
+            states[variant] = final_state(runs.folders()[0])
+        return states[variant]
+
+    return state
+
+
+KILLS = {  # two steps an epoch, a save after each and one at its end, where the best is saved, too
+    "no worker": [("os", "fsync", 8), ("engine", "evaluate", 1), ("os", "link", 2)],
+    "2 workers": [("os", "replace", 6)],
+    "adversarial": [("book", "epoch", 1)],
+    "vit": [("book", "step", 3)],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_ends_as_if_nobody_had_touched_it(sample_root, tmp_path, whole, variant):
+    """Killed mid-epoch, mid-write, before and after validation; points and rows end up alike."""
+    runs = Runs(sample_root, tmp_path, VARIANTS[variant])
+    for kill in KILLS[variant]:
+        assert runs.run("--resume=auto", kill=kill) == -signal.SIGKILL, runs.text()
+    assert runs.run("--resume=auto") == 0, runs.text()
+    assert len(runs.folders()) == 1
+    assert final_state(runs.folders()[0]) == whole(variant)
