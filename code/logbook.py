@@ -1,7 +1,8 @@
-"""What a run tells: console lines, progress bar, TensorBoard, metrics.jsonl, config.json."""
+"""What a run tells: console lines, progress bar, TensorBoard, its .json and .jsonl files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -52,6 +53,13 @@ def run_of(checkpoint: str | Path) -> Path | None:
     """The run folder that a checkpoint lies in, None for one outside any."""
     models = Path(checkpoint).resolve().parent
     return models.parent if models.name == "models" else None
+
+
+def add_evaluation(folder: Path, **row: object) -> None:
+    """Add what -e or -a found to evaluations.jsonl, unless the folder is somebody else's."""
+    row = {"date": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": commit(), **row}
+    with contextlib.suppress(OSError), open(folder / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 class Logbook:

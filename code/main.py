@@ -31,7 +31,7 @@ from custom_dataloader import (
     worker_death,
 )
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from engine import Clock, Place, Tally
+from engine import Clock, Place, Scores, Tally
 from logbook import Console, Logbook, final_line
 from trainer import Trainer
 from utils import UserError
@@ -91,8 +91,11 @@ def evaluate(args: Namespace, model: nn.Module, batches, place: Place) -> None:
                 console.test_line(i, clock, *mirrored.read())
                 if book:
                     book.picture("Image/Image", student_code.default_visfunction(x), i)
-    print("Each image by itself:", final_line(plain.read()[1]), sep="\n")
-    print("Averaged with its mirror image:", final_line(mirrored.read()[1]), sep="\n")
+    conclude(
+        args,
+        plain=("Each image by itself:", plain.read()[1]),
+        mirrored=("Averaged with its mirror image:", mirrored.read()[1]),
+    )
 
 
 def attack(args: Namespace, model: nn.Module, batches, place: Place) -> None:
@@ -106,8 +109,21 @@ def attack(args: Namespace, model: nn.Module, batches, place: Place) -> None:
                 console.test_line(i, clock, *adversarial.read())
                 if book:
                     show_attack(book, x, x_adv, i)
-    print("Clean images:", final_line(clean.read()[1]), sep="\n")
-    print(f"Attacked images{budget_of(attacker)}:", final_line(adversarial.read()[1]), sep="\n")
+    conclude(
+        args,
+        clean=("Clean images:", clean.read()[1]),
+        attacked=(f"Attacked images{budget_of(attacker)}:", adversarial.read()[1]),
+    )
+
+
+def conclude(args: Namespace, **findings: tuple[str, Scores]) -> None:
+    """Print each finding, the one that counts last, and keep them all beside the run."""
+    row = {"checkpoint": os.path.basename(args.resume)}
+    for name, (title, scores) in findings.items():
+        print(title, final_line(scores), sep="\n")
+        row |= {f"{name}_top1": scores.acc1, f"{name}_top5": scores.acc5}
+    if folder := logbook.run_of(args.resume):
+        logbook.add_evaluation(folder, **row)
 
 
 def budget_of(attacker: object) -> str:

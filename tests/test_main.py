@@ -116,6 +116,9 @@ def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained
     assert len(finals) == 2
     acc1 = torch.load(best, weights_only=True)["best_acc1"]
     assert finals[0].startswith(f"******Acc@1 {acc1:.3f} ")
+    rows = (folder / "evaluations.jsonl").read_text().splitlines()
+    mirrored = json.loads(rows[-1])["mirrored_top1"]
+    assert len(rows) == 1 and finals[1].startswith(f"******Acc@1 {mirrored:.3f} ")
     again = run(tree, sample_root, f"--resume={best}", "-e", *CPU)
     assert [line for line in again.splitlines() if line.startswith("******")] == finals
     images = EventAccumulator(str(folder)).Reload().Images("Image/Image")
