@@ -11,8 +11,8 @@ import torch
 
 MAX_PIXELS, MAX_RATIO = 2**26, 100
 
-# OpenCV reads these when it is loaded. By default it decodes up to 2**30 pixels, 3 GB, whatever the
-# size of the file, and prints warnings beside the errors that it returns.
+# OpenCV reads these when it is loaded. By itself it decodes up to 2**30 pixels, 3 GB, of a tiny
+# file, and prints lines of its own beside the errors that it returns.
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
 import cv2  # noqa: E402
@@ -34,19 +34,31 @@ def load_image(path: str | Path) -> np.ndarray:
     try:
         # imdecode rather than imread: imread cannot open non-ASCII paths on Windows, and fills up
         # a JPEG that was cut off
-        image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR)
+        data = Path(path).read_bytes()
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except OSError as e:
         raise UserError(f"cannot read the image {path}: {e.strerror or e}") from None
     except cv2.error as e:
         large = "MAX_IMAGE" in str(e)
         reason = f"it has over {MAX_PIXELS:,} pixels" if large else "it is empty or damaged"
         raise UserError(f"cannot read the image {path}: {reason}") from None
-    if image is None:
+    if image is None or _lost_its_end(data):
         raise UserError(f"cannot read the image {path}: it is damaged or not an image")
     height, width = image.shape[:2]
     if max(height, width) > MAX_RATIO * min(height, width):
         raise UserError(f"cannot read the image {path}: {width}×{height} pixels are a strip")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _lost_its_end(data: bytes) -> bool:
+    """Whether a decodable JPEG has no end marker: a download that had reserved its space in zeros,
+    which decode as grey."""
+    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
+        return False
+    start = 2
+    while data[start : start + 2] not in (b"\xff\xda", b""):  # a thumbnail has a marker of its own
+        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return b"\xff\xd9" not in data[start:]
 
 
 def save_image(path: str | Path, img: np.ndarray) -> None:
