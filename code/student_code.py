@@ -57,54 +57,57 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------
 
 
-def _chunk(columns: int, device: torch.device) -> int:
-    """How many images to work on at a time, if the X of one image takes `columns` bytes.
-
-    A CPU is fast while X stays in its cache; a GPU wants few, large kernels.
-    """
-    budget = 2**28 if device.type == "cuda" else 2**21
-    return max(1, budget // max(1, columns))
-
-
 def _out_size(size: int, K: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - K) // stride + 1
 
 
-def _empty_image(x: torch.Tensor, w: torch.Tensor, C: int, H: int, W: int) -> torch.Tensor:
+def _empty_image(x: Tensor, w: Tensor, C: int, H: int, W: int) -> Tensor:
     """Memory for (N, C, H, W), channels-last if x or w is: the choice of nn.Conv2d."""
     channels_last = (0, 2, 3, 1) in (x.dim_order(), w.dim_order())
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((len(x), C, H, W), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-def _rows(image: torch.Tensor) -> torch.Tensor:
+def _rows(image: Tensor) -> Tensor:
     """(N, C, H, W) as (N, H W, C): a view in either memory format."""
     return image.flatten(2).transpose(1, 2)
 
 
-def _im2col(
-    x: torch.Tensor, K: int, stride: int, padding: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Walk over x (N, C, H, W): yield a few images n, a slice, and their X (len(n), L, K K C).
+def _at_once(N: int, columns: int, device: torch.device) -> int:
+    """How many of N images to work on at a time, if the X of one takes `columns` bytes.
 
-    Every X is written to the same memory: use one before asking for the next.
+    A CPU is fast while the X of each thread stays in its cache; a GPU wants few, large kernels.
+    """
+    budget = 2**28 if device.type == "cuda" else 2**21 * torch.get_num_threads()
+    return max(1, min(N, budget // max(1, columns)))
+
+
+def _im2col(
+    x: Tensor, y: Tensor, K: int, stride: int, padding: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Walk over x (N, C_i, H, W) and y (N, C_o, H_o, W_o), a few images at a time.
+
+    Yields X (., L, K K C_i), always in the same memory, and Y (., L, C_o), a view of y.
     """
     N, C, H, W = x.shape
-    H_o, W_o = (_out_size(size, K, stride, padding) for size in (H, W))
-    step = _chunk(H_o * W_o * K * K * C * x.element_size(), x.device)
-    chunks = [slice(n, min(n + step, N)) for n in range(0, N, step)]
+    H_o, W_o = y.shape[2:]
+    step = _at_once(N, H_o * W_o * K * K * C * x.element_size(), x.device)
+    Ys = _rows(y).split(step)
     if K == stride == 1 and padding == 0:  # a window is a pixel: nothing to copy
-        yield from ((n, _rows(x[n])) for n in chunks)
+        yield from zip(_rows(x).split(step), Ys, strict=True)
         return
     # channels last: the K C numbers of a window's row then lie side by side
-    padded = x.new_zeros(min(step, N), H + 2 * padding, W + 2 * padding, C)
+    padded = x.new_zeros(step, H + 2 * padding, W + 2 * padding, C)
+    inside = padded[:, padding : padding + H, padding : padding + W]
     windows = padded.unfold(1, K, stride).unfold(2, K, stride).permute(0, 1, 2, 4, 5, 3)
     columns = x.new_empty(windows.shape)  # (step, H_o, W_o, K, K, C)
-    for n in chunks:
-        m = n.stop - n.start
-        padded[:m, padding : padding + H, padding : padding + W] = x[n].permute(0, 2, 3, 1)
-        columns[:m] = windows[:m]
-        yield n, columns[:m].view(m, H_o * W_o, K * K * C)
+    X = columns.view(step, H_o * W_o, K * K * C)
+    for images, Y in zip(x.permute(0, 2, 3, 1).split(step), Ys, strict=True):
+        if len(Y) < step:  # the last ones
+            inside, windows, columns, X = (t[: len(Y)] for t in (inside, windows, columns, X))
+        inside.copy_(images)
+        columns.copy_(windows)
+        yield X, Y
 
 
 def _outside_compile(function: Callable) -> Callable:
@@ -123,55 +126,43 @@ def _outside_compile(function: Callable) -> Callable:
 
 
 @_outside_compile
-def _convolve(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    b: torch.Tensor | None,
-    stride: int,
-    padding: int,
-    y: torch.Tensor,
-) -> torch.Tensor:
+def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, padding: int, y: Tensor):
     """Y = X Wᵀ + 1 bᵀ, written to y (N, C_o, H_o, W_o)."""
     C_o, C_i, K, _ = w.shape
     W = w.permute(2, 3, 1, 0).contiguous().view(K * K * C_i, C_o)
-    for n, X in _im2col(x, K, stride, padding):
-        Y = _rows(y[n])
-        torch.bmm(X, W.expand(len(X), -1, -1), out=Y)  # out=: autocast leaves it alone
-        if b is not None:
-            Y += b
+    for X, Y in _im2col(x, y, K, stride, padding):
+        W_n = W.expand(len(X), -1, -1)  # the same for each image
+        if b is None:
+            torch.bmm(X, W_n, out=Y)  # out=: autocast leaves it alone
+        else:
+            torch.baddbmm(b, X, W_n, out=Y)
     return y
 
 
 @_outside_compile
-def _weight_gradient(
-    g: torch.Tensor, x: torch.Tensor, K: int, stride: int, padding: int
-) -> torch.Tensor:
+def _weight_gradient(g: Tensor, x: Tensor, K: int, stride: int, padding: int) -> Tensor:
     """dl/dW = Gᵀ X, as (C_o, C_i, K, K)."""
     C_o, C_i = g.shape[1], x.shape[1]
     part = g.new_empty(C_o, K * K * C_i)
-    total = torch.zeros_like(part, dtype=torch.promote_types(g.dtype, torch.float32))
-    for n, X in _im2col(x, K, stride, padding):
-        G = _rows(g[n]).reshape(-1, C_o)
-        total += torch.mm(G.t(), X.reshape(len(G), -1), out=part)
-    return total.to(g.dtype).view(C_o, K, K, C_i).permute(0, 3, 1, 2)
+    W = torch.zeros_like(part, dtype=torch.promote_types(g.dtype, torch.float32))
+    for X, G in _im2col(x, g, K, stride, padding):
+        W += torch.mm(G.reshape(-1, C_o).t(), X.reshape(-1, K * K * C_i), out=part)
+    return W.to(g.dtype).view(C_o, K, K, C_i).permute(0, 3, 1, 2)
 
 
 @_outside_compile
-def _input_gradient(
-    g: torch.Tensor, w: torch.Tensor, stride: int, padding: int, x: torch.Tensor
-) -> torch.Tensor:
+def _input_gradient(g: Tensor, w: Tensor, stride: int, padding: int, x: Tensor) -> Tensor:
     """dl/dX = G W, gathered into x (N, C_i, H, W) by a convolution if S = 1, else by col2im."""
     C_o, C_i, K, _ = w.shape
     if stride == 1 and padding < K and (K == 1 or C_o <= 4 * C_i):  # else col2im moves less
         return _convolve(g, w.flip(2, 3).transpose(0, 1), None, 1, K - 1 - padding, x)
     W = w.flatten(1).t()  # (C_i K K, C_o): the order of fold
-    L = g.shape[2] * g.shape[3]
-    step = _chunk(len(W) * L * g.element_size(), g.device)
-    for n in range(0, len(g), step):
-        G = g[n : n + step].flatten(2)  # (., C_o, L)
-        X = g.new_empty(len(G), len(W), L)
-        torch.bmm(W.expand(len(G), -1, -1), G, out=X)
-        x[n : n + step] = F.fold(X, x.shape[2:], K, padding=padding, stride=stride)
+    G = g.flatten(2)  # (N, C_o, L)
+    step = _at_once(len(G), len(W) * G.shape[2] * g.element_size(), g.device)
+    for images, G_n in zip(x.split(step), G.split(step), strict=True):
+        X = g.new_empty(len(G_n), len(W), G.shape[2])
+        torch.bmm(W.expand(len(G_n), -1, -1), G_n, out=X)
+        images.copy_(F.fold(X, x.shape[2:], K, padding=padding, stride=stride))
     return x
 
 
@@ -245,7 +236,7 @@ class CustomConv2DFunction(torch.autograd.Function):
 custom_conv2d = CustomConv2DFunction.apply
 
 
-def _autocast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under torch.autocast: cast to its dtype, float64 excepted, as native operations do."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -315,7 +306,7 @@ class CustomConv2d(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the name in nn.Conv2d
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in nn.Conv2d
         return custom_conv2d(input, self.weight, self.bias, self.stride, self.padding)
 
     def extra_repr(self) -> str:

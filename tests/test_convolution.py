@@ -77,7 +77,7 @@ def test_agrees_with_torch_on_any_shape(data):
     b = b.requires_grad_() if data.draw(st.booleans()) else None
     with pytest.MonkeyPatch.context() as patch:
         images = data.draw(st.sampled_from([1, 2, 100]))  # chunks, the last one not always full
-        patch.setattr(student_code, "_chunk", lambda columns, device: images)
+        patch.setattr(student_code, "_at_once", lambda *_: images)
         ours = outcome(custom_conv2d, x, w, b, S, P)
     for a, e in zip(ours, outcome(F.conv2d, x, w, b, S, P), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,431 @@
+"""Our convolution beside torch's: time, memory, bytes saved for backward, error.
+
+    python benchmarks/conv.py              # the CPU, one thread and two: some minutes
+    python benchmarks/conv.py --quick      # fewer rounds and shapes
+    python benchmarks/conv.py --gpu 0      # CUDA: float32, TF32 and bfloat16 at batch 256
+
+The ways take turns within each round, and a ratio is the median of the rounds' ratios. On one
+CPU thread the time is CPU time, so that other work on the machine counts little. Writes
+results/conv_benchmark.{json,md,png}, on CUDA results/conv_benchmark_cuda.{json,md,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import datetime
+import functools
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+
+from student_code import CustomConv2d, SimpleNet  # noqa: E402
+
+
+class UnfoldConv2d(nn.Conv2d):
+    """The usual answer: unfold the whole batch, multiply, and let autograd save the columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)
+        y = self.weight.flatten(1) @ columns + self.bias[:, None]
+        sides = [(s + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
+                 for s in x.shape[2:]]  # fmt: skip
+        return y.view(len(x), -1, *sides)
+
+
+# name -> (the layer, memory format); each is compared with the first
+WAYS = {
+    "nn.Conv2d": (nn.Conv2d, torch.contiguous_format),
+    "nn.Conv2d, channels-last": (nn.Conv2d, torch.channels_last),
+    "unfold": (UnfoldConv2d, torch.contiguous_format),
+    "ours, NCHW": (CustomConv2d, torch.contiguous_format),
+    "ours, channels-last": (CustomConv2d, torch.channels_last),
+}
+TORCH, TORCH_LAST, OURS = "nn.Conv2d", "nn.Conv2d, channels-last", "ours, channels-last"
+COURSE = "the course's way"
+
+# (C_i, C_o, K, S, P, H): SimpleNet's layers on 128 x 128 images, then others at a smaller batch
+SIMPLENET = [(3, 64, 7, 2, 3, 128), (64, 64, 1, 1, 0, 32), (64, 64, 3, 1, 1, 32)]
+SIMPLENET += [(64, 256, 1, 1, 0, 32), (256, 128, 1, 1, 0, 16), (128, 128, 3, 1, 1, 16)]
+SIMPLENET += [(128, 512, 1, 1, 0, 16)]
+SWEEP = [(3, 32, 3, 1, 1, 64), (16, 16, 3, 1, 1, 64), (64, 64, 3, 2, 1, 64), (64, 64, 5, 1, 2, 32)]
+SWEEP += [(64, 128, 1, 2, 0, 32), (256, 256, 3, 1, 1, 8), (512, 512, 3, 1, 1, 4)]
+SWEEP += [(3, 96, 11, 4, 2, 128), (3, 192, 16, 16, 0, 128), (32, 8, 3, 1, 1, 65)]
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Time and peak memory of a call on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        one_thread = self.device.type == "cpu" and torch.get_num_threads() == 1
+        clock = time.process_time if one_thread else time.perf_counter
+        start = clock()
+        call()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - start
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """What the call takes beyond what was there before; None where nothing tells (no Linux)."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            return torch.cuda.max_memory_allocated() - before
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return None
+        ctypes.CDLL(None).malloc_trim(0)  # what Python freed is given back first
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident(status)["VmRSS"]
+        call()
+        return resident(status)["VmHWM"] - before
+
+
+def resident(status: Path) -> dict[str, int]:
+    found = re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status.read_text(), re.MULTILINE)
+    return {name: int(kilobytes) * 1024 for name, kilobytes in found}
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """The bytes that a forward pass keeps for backward."""
+    sizes: list[int] = []
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(sizes)
+
+
+def compare(meter: Meter, calls: dict[str, Callable], rounds: int, base: str) -> dict[str, dict]:
+    """One row a way: median milliseconds, and the median of its ratios to the base's rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            spent = meter.seconds(call)
+            if i > 0:  # the first round is warm-up
+                seconds[name].append(spent)
+    return {
+        name: {
+            "ms": round(1e3 * statistics.median(spent), 3),
+            "ratio": ratio(spent, seconds[base]),
+        }
+        for name, spent in seconds.items()
+    }
+
+
+def ratio(spent: list[float], base: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(spent, base, strict=True)), 3)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is measured
+# ---------------------------------------------------------------------------------------------
+
+
+def outcome(layer: nn.Module, x: Tensor, G: Tensor) -> list[Tensor]:
+    """The output, and the gradients of the parameters and of x if it wants one."""
+    y = layer(x)
+    wanting = [*layer.parameters(), *([x] if x.requires_grad else [])]
+    return [y, *torch.autograd.grad(y, wanting, G)]
+
+
+def measure_layer(meter: Meter, shape: tuple[int, ...], batch: int, rounds: int) -> dict:
+    """Forward and backward of one layer, all ways with the same weights and images."""
+    C_i, C_o, K, S, P, H = shape
+    wants = shape != SIMPLENET[0]  # images want no gradient
+    calls, forwards = {}, {}
+    for name, (kind, layout) in WAYS.items():
+        torch.manual_seed(0)
+        layer = kind(C_i, C_o, K, S, P).to(meter.device, memory_format=layout)
+        x = torch.randn(batch, C_i, H, H).to(meter.device, memory_format=layout)
+        G = torch.randn(layer(x).shape).to(meter.device, memory_format=layout)
+        calls[name] = functools.partial(outcome, layer, x.requires_grad_(wants), G)
+        forwards[name] = functools.partial(layer, x)
+        if name == TORCH:
+            double = copy.deepcopy(layer).double(), x.detach().double(), G.double()
+            exact = outcome(double[0], double[1].requires_grad_(wants), double[2])
+    rows = compare(meter, calls, rounds, TORCH)
+    for name, row in rows.items():
+        row["saved_bytes"] = saved_bytes(forwards[name])
+        row["error"] = max(map(relative_error, calls[name](), exact))
+    names = ("C_i", "C_o", "K", "S", "P", "H")
+    return {"shape": dict(zip(names, shape, strict=True)), "N": batch, "ways": rows}
+
+
+def relative_error(a: Tensor, exact: Tensor) -> float:
+    """The largest error, relative to the largest number."""
+    return ((a.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def networks(device: torch.device) -> dict[str, nn.Module]:
+    nets = {}
+    for name, (kind, layout) in WAYS.items():
+        torch.manual_seed(0)
+        nets[name] = SimpleNet(kind).to(device, memory_format=layout)
+    return nets
+
+
+def measure_training(meter: Meter, batch: int, rounds: int, autocast: Callable) -> dict:
+    """A training step of SimpleNet: forward, backward, SGD."""
+    images, labels = batch_of(batch, meter.device)
+    steps, forwards = {}, {}
+    for name, net in networks(meter.device).items():
+        x = images.contiguous(memory_format=WAYS[name][1])
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+        def forward(net=net, x=x) -> Tensor:
+            with autocast():
+                return F.cross_entropy(net(x), labels)
+
+        def step(optimizer=optimizer, forward=forward) -> None:
+            optimizer.zero_grad()
+            forward().backward()
+            optimizer.step()
+
+        steps[name], forwards[name] = step, forward
+    rows = compare(meter, steps, rounds, TORCH)
+    for name, row in rows.items():
+        row["saved_bytes"] = saved_bytes(forwards[name])
+        row["peak_bytes"] = meter.peak_bytes(steps[name])
+    return rows
+
+
+def measure_attack(meter: Meter, batch: int, rounds: int, autocast: Callable) -> dict:
+    """The gradient of one PGD step: into the image alone, or the course's way into everything."""
+    images, labels = batch_of(batch, meter.device)
+
+    def step(net: nn.Module, frozen: bool, x: Tensor) -> None:
+        x = x.detach().requires_grad_()
+        with autocast():
+            loss = F.cross_entropy(net(x), labels)
+        torch.autograd.grad(loss, x) if frozen else loss.backward()
+
+    nets, calls = networks(meter.device), {}
+    for name in (TORCH, TORCH_LAST, OURS):
+        frozen = name != TORCH
+        nets[name].requires_grad_(not frozen)
+        x = images.contiguous(memory_format=WAYS[name][1])
+        calls[f"{name}, frozen" if frozen else COURSE] = functools.partial(
+            step, nets[name], frozen, x
+        )
+    return compare(meter, calls, rounds, COURSE)
+
+
+def batch_of(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch, 3, 128, 128, generator=generator)
+    return images.to(device), torch.randint(100, (batch,), generator=generator).to(device)
+
+
+def settings(device: torch.device) -> Iterator[tuple[str, Callable]]:
+    """Threads on the CPU, precisions on CUDA: set each, yield its title and its autocast."""
+    if device.type == "cpu":
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            yield f"float32, {threads} thread{'s'[: threads - 1]}", nullcontext
+        return
+    torch.backends.cudnn.benchmark = True
+    for precision in ("float32", "TF32", "bfloat16"):
+        tf32 = precision == "TF32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        bfloat16 = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+        yield precision, bfloat16 if precision == "bfloat16" else nullcontext
+
+
+def measure(device: torch.device, batch: int, rounds: int, sweep: bool) -> dict:
+    meter, result = Meter(device), {"training": {}, "attack": {}, "layers": []}
+    for title, autocast in settings(device):
+        if not result["layers"]:
+            shapes = [(shape, batch) for shape in SIMPLENET]
+            shapes += [(shape, batch // 4) for shape in SWEEP if sweep]
+            result["layers"] = [measure_layer(meter, *each, rounds) for each in shapes]
+        title = f"batch {batch}, {title}"
+        result["training"][title] = measure_training(meter, batch, rounds, autocast)
+        result["attack"][title] = measure_attack(meter, batch, rounds, autocast)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------
+
+
+def circumstances(device: torch.device) -> dict:
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cuda = device.type == "cuda"
+    return {
+        "command": "python benchmarks/conv.py " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [s for s in info.read_text().splitlines() if "model name" in s] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def summary(result: dict) -> list[tuple[str, str, str]]:
+    """The goals of this convolution and what this run reached: (what, goal, reached)."""
+    rows = []
+    cuda = any("TF32" in title for title in result["training"])
+    for title, ways in result["training"].items():
+        ours, torchs, last = (ways[name] for name in (OURS, TORCH, TORCH_LAST))
+        goals = ("1.5", "1.5") if cuda else ("0.85", "1.15")
+        vs_last = round(ours["ms"] / last["ms"], 3)
+        rows.append((f"training step / {TORCH}; {title}", f"≤ {goals[0]}", f"{ours['ratio']:.2f}"))
+        rows.append((f"training step / {TORCH_LAST}; {title}", f"≤ {goals[1]}", f"{vs_last:.2f}"))
+        saved = ours["saved_bytes"] / torchs["saved_bytes"]
+        rows.append((f"bytes saved / {TORCH}; {title}", "≤ 1.00", f"{saved:.3f}"))
+        if ours["peak_bytes"]:
+            peak = ours["peak_bytes"] / torchs["peak_bytes"]
+            rows.append((f"peak memory / {TORCH}; {title}", "≤ 1.05", f"{peak:.2f}"))
+    for title, ways in result["attack"].items():
+        reached = ways[f"{OURS}, frozen"]["ratio"]
+        rows.append((f"PGD step / {COURSE}; {title}", "≤ 0.60", f"{reached:.2f}"))
+    worst = {n: max(layer["ways"][n]["error"] for layer in result["layers"]) for n in (OURS, TORCH)}
+    rows.append(
+        ("largest relative error, float32", f"≤ {worst[TORCH]:.1e} ({TORCH})", f"{worst[OURS]:.1e}")
+    )
+    return rows
+
+
+def markdown(result: dict) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    lines = [
+        "# Our convolution beside torch's",
+        "",
+        f"`{result['command'].strip()}`, commit {result['commit']}, {result['date']}, "
+        f"{result['device']}; {versions}. Medians of interleaved rounds.",
+        "",
+        "| | goal | reached |",
+        "|---|---:|---:|",
+        *(f"| {what} | {goal} | {reached} |" for what, goal, reached in summary(result)),
+        "",
+        "## A training step of SimpleNet",
+        "",
+        f"| | way | ms | / {TORCH} | MB saved | MB peak |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for title, ways in result["training"].items():
+        for name, row in ways.items():
+            peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "–"
+            lines.append(
+                f"| {title} | {name} | {row['ms']:.1f} | {row['ratio']:.2f} | "
+                f"{row['saved_bytes'] / 1e6:.0f} | {peak} |"
+            )
+    lines += [
+        "",
+        "## A step of PGD on SimpleNet",
+        "",
+        "| | way | ms | ratio |",
+        "|---|---|---:|---:|",
+    ]
+    lines += [
+        f"| {title} | {name} | {row['ms']:.1f} | {row['ratio']:.2f} |"
+        for title, ways in result["attack"].items()
+        for name, row in ways.items()
+    ]
+    lines += [
+        "",
+        "## Forward and backward of single layers",
+        "",
+        f"Milliseconds of {TORCH}, the time of the others relative to it; bytes saved and largest "
+        "relative error (outputs and gradients against float64), ours and then torch's. The first "
+        "layer computes no gradient of its input, as in training.",
+        "",
+        "| N | C_i → C_o, K / S, H | ms | " + " | ".join(list(WAYS)[1:]) + " | MB saved | error |",
+        "|---:|---|" + "---:|" * (len(WAYS) + 2),
+    ]
+    for layer in result["layers"]:
+        shape, ways = layer["shape"], layer["ways"]
+        ours, torchs = ways[OURS], ways[TORCH]
+        lines.append(
+            f"| {layer['N']} | {shape['C_i']} → {shape['C_o']}, {shape['K']} / {shape['S']}, "
+            f"{shape['H']} | {torchs['ms']:.2f} | "
+            + " | ".join(f"{row['ratio']:.2f}" for row in list(ways.values())[1:])
+            + f" | {ours['saved_bytes'] / 1e6:.1f}, {torchs['saved_bytes'] / 1e6:.1f} | "
+            f"{ours['error']:.1e}, {torchs['error']:.1e} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = dict(result["training"])
+    for layer in result["layers"]:
+        s = layer["shape"]
+        groups[f"{s['C_i']}→{s['C_o']}, {s['K']}/{s['S']}, {s['H']}"] = layer["ways"]
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(groups) + 1), layout="constrained")
+    colors = {TORCH_LAST: "#bbbbbb", "unfold": "#cc6677", "ours, NCHW": "#88ccee", OURS: "#4477aa"}
+    for i, (name, color) in enumerate(colors.items()):
+        at = [row + 0.2 * (i - 1.5) for row in range(len(groups))]
+        ratios = [ways[name]["ratio"] for ways in groups.values()]
+        axis.barh(at, ratios, height=0.2, color=color, label=name)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 5))
+    axis.set(xlabel=f"time / {TORCH} (NCHW)")
+    axis.invert_yaxis()
+    axis.legend(loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure our convolution beside torch's.")
+    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 = CPU")
+    parser.add_argument("--batch", type=int, help="images a step (64 on the CPU, 256 on CUDA)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="two rounds, SimpleNet's layers only")
+    args = parser.parse_args()
+    device = torch.device("cpu" if args.gpu < 0 else f"cuda:{args.gpu}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    batch = args.batch or (64 if device.type == "cpu" else 256)
+    rounds = 2 if args.quick else args.rounds
+    result = circumstances(device) | measure(device, batch, rounds, not args.quick)
+    name = "conv_benchmark" if device.type == "cpu" else "conv_benchmark_cuda"
+    target = ROOT / "results" / name
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    plot(result, target.with_suffix(".png"))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
