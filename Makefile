@@ -26,7 +26,7 @@ BEST = "`ls -td ../logs/*_exp_* | head -n 1`/models/model_best.pth.tar"
 test: .venv/test.stamp
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n auto --maxprocesses 4
 
 clean:
 	rm -rf .venv data/sample submission.zip .pytest_cache .ruff_cache .hypothesis

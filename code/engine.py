@@ -103,19 +103,20 @@ class AdversarialTraining:
     attack: leaves the model and its gradients as they were; its step size follows from its ε.
     prob: the share of batches that are attacked.
     blend: the weight of the clean pixels in an attacked batch (0.5 = half and half).
-    ramp: the number of steps over which ε grows from 0. A network that meets the full budget while
+    ramp: the steps between which ε grows from 0 to its full size. A network that is attacked while
         its outputs still mean nothing stays at chance.
     """
 
     attack: PGD
     prob: float
     blend: float
-    ramp: int
+    ramp: tuple[int, int]
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
-        if torch.rand(()) >= self.prob:
+        start, end = self.ramp
+        share = min(1.0, (step - start) / max(end - start, 1))
+        if share <= 0 or torch.rand(()) >= self.prob:
             return x
-        share = min(1.0, step / max(self.ramp, 1))
         attack = replace(self.attack, epsilon=share * self.attack.epsilon)
         return torch.lerp(attack.perturb(model, x, y), x, self.blend)
 

@@ -254,9 +254,11 @@ def make_schedule(
 
 
 def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | None:
-    """The --pgd mode: untargeted PGD whose budget grows over the first half of the run."""
+    """The --pgd mode: a clean quarter of the run, then untargeted PGD, at full size from 3/4 on."""
     if not args.pgd:
         return None
     pixels = Pixels("normalised", IMAGENET_MEAN, IMAGENET_STD)
     attack = PGD(epsilon=TRAINING_EPSILON, steps=args.pgd_steps, random_start=True, pixels=pixels)
-    return AdversarialTraining(attack, args.pgd_prob, args.pgd_blend, total_steps // 2)
+    return AdversarialTraining(
+        attack, args.pgd_prob, args.pgd_blend, (total_steps // 4, 3 * total_steps // 4)
+    )

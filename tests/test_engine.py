@@ -145,7 +145,7 @@ def test_attacks_of_no_size_train_as_no_attack_does():
     clean, attacked = make_network(), make_network()
     clean[5].p = attacked[5].p = 0.0  # the attack's random start would shift the dropout
     attack = PGD(epsilon=0.0, steps=3, random_start=True, pixels=PIXELS)
-    adversary = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=1)
+    adversary = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=(0, 1))
     batches = [(x.clamp(-2, 2), y) for x, y in make_batches()]  # valid pixels
     train(clean, batches, *make_training(clean))
     train(attacked, batches, *make_training(attacked), adversary=adversary)
@@ -161,11 +161,11 @@ def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
         torch.manual_seed(step)
         return (adversary(model, x, y, step) - x).abs().max().item()
 
-    full = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=10)
-    assert [moved(full, s) for s in (0, 5, 10, 99)] == pytest.approx([0, 0.2, 0.4, 0.4])
-    half = AdversarialTraining(attack, prob=1.0, blend=0.5, ramp=1)
+    full = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=(10, 20))
+    assert [moved(full, s) for s in (0, 10, 15, 20, 99)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
+    half = AdversarialTraining(attack, prob=1.0, blend=0.5, ramp=(0, 1))
     assert moved(half, 5) == pytest.approx(0.2)
-    some = AdversarialTraining(attack, prob=0.3, blend=0.0, ramp=1)
+    some = AdversarialTraining(attack, prob=0.3, blend=0.0, ramp=(0, 1))
     share = sum(moved(some, s) > 0 for s in range(1, 501)) / 500
     assert 0.2 < share < 0.4
 
