@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
-from checkpoint import parse_interval
+from save_point import parse_interval
 
 KIND_FLAGS = {"use_custom_conv": "custom_conv", "use_vit": "vit", "use_resnet18": "resnet18"}
 

@@ -1,4 +1,4 @@
-"""Everything a run saves and restores, and when it does.
+"""Everything a run saves and restores.
 
 A file appears whole or not at all: it is written beside its place, synced, and renamed.
 Files are only ever read with `weights_only=True`, so that a stranger's cannot run code.
@@ -12,8 +12,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
-import time
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -209,7 +207,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict) -> str | Non
     Returns what could not be restored, in words, or None.
     """
     saved = content.get("optimizer")
-    if not saved:
+    if saved is None or isinstance(saved, dict) and not saved:
         return "the file has no optimizer state: momentum starts at zero"
     if not _is_of(optimizer, saved):
         return "the file's optimizer state is another optimizer's: momentum starts at zero"
@@ -269,6 +267,18 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
     return progress, None
 
 
+def left_out(content: dict) -> list[str] | None:
+    """The images that the run does without, None where the file does not say.
+
+    Raises:
+        UserError: the content makes no sense.
+    """
+    names = content.get("left_out")
+    if names is not None and not (isinstance(names, list) and {str} >= set(map(type, names))):
+        raise UserError("the checkpoint's left_out makes no sense")
+    return names
+
+
 def not_finite(content: dict) -> str | None:
     """The first of a checkpoint's weights and moments that holds nan or inf."""
     moments = content.get("optimizer", {}).get("state", {})
@@ -276,51 +286,3 @@ def not_finite(content: dict) -> str | None:
     tensors |= content["state_dict"]
     bad = (k for k, v in tensors.items() if isinstance(v, Tensor) and not v.isfinite().all())
     return next(bad, None)
-
-
-class SavePoint:
-    """Says when to save in mid-epoch, and turns Ctrl-C and SIGTERM into a request to stop.
-
-    every: '10m', '30s' (minutes, seconds) or '200' (steps).
-    Inside the `with` block the first signal only sets `stopped_by`, so that the step under way can
-    end and be saved; a second one acts at once.
-    """
-
-    def __init__(self, every: str) -> None:
-        self.every, self.seconds = parse_interval(every)
-        self.stopped_by: signal.Signals | None = None
-        self.steps, self.since = 0, time.monotonic()
-
-    def __enter__(self) -> SavePoint:
-        self.previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, _: object) -> None:
-        self.stopped_by = signal.Signals(number)
-        signal.signal(number, self.previous[number])
-
-    def due(self) -> bool:
-        """Count one step; true when a checkpoint is due or a stop was asked for."""
-        self.steps += 1
-        passed = time.monotonic() - self.since if self.seconds else self.steps
-        return passed >= self.every or self.stopped_by is not None
-
-    def saved(self) -> None:
-        self.steps, self.since = 0, time.monotonic()
-
-
-def parse_interval(text: str) -> tuple[int, bool]:
-    """'10m' -> (600, True) in seconds; '200' -> (200, False) in steps.
-
-    Raises:
-        ValueError: anything else, or zero.
-    """
-    match = re.fullmatch(r"(\d+)([ms]?)", text)
-    if not match or int(match[1]) == 0:
-        raise ValueError(f"'{text}' is not an interval like 10m, 30s or 200 (steps)")
-    number, unit = int(match[1]), match[2]
-    return number * (60 if unit == "m" else 1), unit != ""

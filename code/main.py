@@ -64,7 +64,7 @@ def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dic
         return kind, networks.build(kind, num_classes, pretrained=True), {}
     content = checkpoint.load(args.resume)
     kind = args.kind or content.get("kind")
-    if kind not in networks.BUILDERS:
+    if not isinstance(kind, str) or kind not in networks.BUILDERS:
         kind = networks.kind_of(content["state_dict"], num_classes)
     model = networks.build(kind, num_classes)
     checkpoint.load_weights(model, content, args.resume)
@@ -148,19 +148,26 @@ def show_attack(book: Logbook, x: Tensor, x_adv: Tensor, step: int) -> None:
         book.picture(tag, student_code.default_visfunction(batch), step)
 
 
-def find_checkpoint(kind: str | None) -> str:
-    """--resume=auto: the newest good checkpoint of the newest run, '' where there is none."""
-    folder = logbook.newest_run([kind] if kind else networks.BUILDERS)
+def find_checkpoint(args: Namespace) -> str:
+    """--resume=auto: the newest good checkpoint of the newest run, '' where there is none.
+
+    Raises:
+        UserError: there is none to evaluate or attack.
+    """
+    folder = logbook.newest_run([args.kind] if args.kind else networks.BUILDERS)
     path = folder and checkpoint.newest_good(folder / "models")
     if path:
         return os.path.relpath(path)
-    print(f"--resume=auto: {folder or logbook.LOGS} holds no checkpoint; starting afresh")
+    if args.evaluate or args.attack:
+        raise UserError("--resume=auto: there is no run to look at")
+    place = os.path.relpath(folder or logbook.LOGS)
+    print(f"--resume=auto: {place} holds no checkpoint; starting afresh")
     return ""
 
 
 def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlacesLoader]) -> None:
     """--skip-bad-images; a resumed run leaves out what it always did, so that it stays the same."""
-    names = None if args.evaluate or args.attack else content.get("left_out")
+    names = None if args.evaluate or args.attack else checkpoint.left_out(content)
     if names is None and args.skip_bad_images:
         print("Reading every image once, to leave out the bad ones")
         names = data_audit.unreadable(datasets, args.workers)
@@ -181,7 +188,7 @@ def run(args: Namespace) -> int:
     num_classes = count_classes(args.data_folder)
     torch.manual_seed(args.seed)
     if args.resume == "auto":
-        args.resume = find_checkpoint(args.kind)
+        args.resume = find_checkpoint(args)
     kind, model, content = make_network(args, num_classes)
     model = model.to(place.device, memory_format=place.memory_format)
     only_look = args.evaluate or args.attack

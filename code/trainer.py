@@ -17,12 +17,13 @@ import checkpoint
 import engine
 import logbook
 from attacks import PGD
-from checkpoint import Progress, SavePoint
+from checkpoint import Progress
 from custom_dataloader import training_batches, validation_batches
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import AdversarialTraining, Clock, Place, Scores, Tally
 from geometry import Pixels
 from logbook import Console, Logbook
+from save_point import SavePoint
 from utils import LinearWarmupCosineAnnealingLR, UserError
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names

@@ -35,14 +35,15 @@ def load_image(path: str | Path) -> np.ndarray:
         # imdecode rather than imread: imread cannot open non-ASCII paths on Windows, and fills up
         # a JPEG that was cut off
         data = Path(path).read_bytes()
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        whole = not _is_cut_off(data)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
     except OSError as e:
         raise UserError(f"cannot read the image {path}: {e.strerror or e}") from None
     except cv2.error as e:
         large = "MAX_IMAGE" in str(e)
         reason = f"it has over {MAX_PIXELS:,} pixels" if large else "it is empty or damaged"
         raise UserError(f"cannot read the image {path}: {reason}") from None
-    if image is None or _lost_its_end(data):
+    if image is None:
         raise UserError(f"cannot read the image {path}: it is damaged or not an image")
     height, width = image.shape[:2]
     if max(height, width) > MAX_RATIO * min(height, width):
@@ -50,15 +51,23 @@ def load_image(path: str | Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _lost_its_end(data: bytes) -> bool:
-    """Whether a decodable JPEG has no end marker: a download that had reserved its space in zeros,
-    which decode as grey."""
-    if not data.startswith(b"\xff\xd8") or data.endswith(b"\xff\xd9"):
-        return False
-    start = 2
-    while data[start : start + 2] not in (b"\xff\xda", b""):  # a thumbnail has a marker of its own
-        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-    return b"\xff\xd9" not in data[start:]
+def _is_cut_off(data: bytes) -> bool:
+    """Whether a JPEG has no end marker, or a PNG's part claims to go on past the end of the file.
+
+    OpenCV may decode the first, when zeros follow: a download had reserved its space. For the
+    second it reserves what the part claims, up to 4 GB, before it notices.
+    """
+    if data.startswith(b"\xff\xd8") and not data.endswith(b"\xff\xd9"):
+        at = 2
+        while data[at : at + 2] not in (b"\xff\xda", b""):  # a thumbnail has end markers of its own
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        return b"\xff\xd9" not in data[at:]
+    if data.startswith(b"\x89PNG"):
+        at = 8
+        while at < len(data) and data[at + 4 : at + 8] != b"IEND":
+            at += 12 + int.from_bytes(data[at : at + 4], "big")
+        return at + 12 > len(data)
+    return False
 
 
 def save_image(path: str | Path, img: np.ndarray) -> None:

@@ -142,21 +142,27 @@ MEMORY = """
 import resource, sys
 from utils import UserError, load_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    load_image(sys.argv[1])
-except UserError as e:
-    print(e)
+for path in sys.argv[1:]:
+    try:
+        load_image(path)
+    except UserError as e:
+        print(e)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is the system's own")
-def test_a_decompression_bomb_is_refused_before_it_takes_the_memory(tmp_path):
-    path = saved(tmp_path, png_of_zeros(16_384))
-    words = [sys.executable, "-c", MEMORY, str(path)]
+def test_decompression_bombs_are_refused_before_they_take_the_memory(tmp_path):
+    pixels, part = tmp_path / "many pixels", tmp_path / "long part"
+    pixels.write_bytes(png_of_zeros(16_384))
+    part.write_bytes(png_of_zeros(9).replace(b"\0\0\0\x0dIHDR", b"\x7f\xff\xff\xffIHDR"))
+    words = [sys.executable, "-c", MEMORY, str(pixels), str(part)]
     done = subprocess.run(words, cwd=CODE, capture_output=True, text=True, check=True)
-    line, megabytes = done.stdout.splitlines()
-    assert line == f"cannot read the image {path}: it has over {MAX_PIXELS:,} pixels"
+    *lines, megabytes = done.stdout.splitlines()
+    assert lines == [
+        f"cannot read the image {pixels}: it has over {MAX_PIXELS:,} pixels",
+        f"cannot read the image {part}: it is damaged or not an image",
+    ]
     assert int(megabytes) < 50 and done.stderr == ""
 
 

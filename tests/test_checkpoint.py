@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import checkpoint
+from save_point import SavePoint, parse_interval
 from utils import UserError
 
 
@@ -192,17 +193,17 @@ def test_killed_while_writing_leaves_a_whole_file(tmp_path, delay):
     ("text", "expected"), [("10m", (600, True)), ("30s", (30, True)), ("200", (200, False))]
 )
 def test_intervals(text, expected):
-    assert checkpoint.parse_interval(text) == expected
+    assert parse_interval(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "0", "0s", "-5", "1h", "1.5m", "m", "10 m"])
 def test_what_is_no_interval(text):
     with pytest.raises(ValueError, match="not an interval"):
-        checkpoint.parse_interval(text)
+        parse_interval(text)
 
 
 def test_the_first_signal_asks_and_the_second_acts():
-    with checkpoint.SavePoint("1000") as point:
+    with SavePoint("1000") as point:
         assert not point.due()
         os.kill(os.getpid(), signal.SIGINT)
         assert point.due() and point.stopped_by == signal.SIGINT
@@ -212,7 +213,7 @@ def test_the_first_signal_asks_and_the_second_acts():
 
 
 def test_a_save_is_due_every_n_steps():
-    point = checkpoint.SavePoint("3")
+    point = SavePoint("3")
     due = []
     for _ in range(7):
         due.append(point.due())

@@ -16,6 +16,7 @@ import torch
 from benchmarks.run_state import final_state
 from torch import nn
 
+import checkpoint
 import engine
 import logbook
 import main
@@ -25,6 +26,7 @@ import student_code
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)
 
+CODE = Path(main.__file__).parent
 BUILDERS = {
     "torch_conv": lambda n: nn.Sequential(
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(2048, n)
@@ -50,24 +52,26 @@ def server():
         forkserver.ensure_running()
 
 
-def child(words: list[str], logs: Path, output: Path, kill: tuple[str, str, int] | None) -> None:
-    """A run of main.py; `kill` = (module, function, n) has it killed at the n-th call, from 0."""
+def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> None:
+    """A run of main.py; `kill`: (module, function, n, signals) strikes at its call n, from 0."""
     with open(output, "ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    os.chdir(CODE)
     torch.set_num_threads(1)
     # what the run's own workers start by, elsewhere than in a forkserver's child
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
     logbook.LOGS = logs
     networks.BUILDERS = BUILDERS
     if kill:
-        module, name, count = kill
+        module, name, count, *signals = kill
         owner = {"os": os, "engine": engine, "book": logbook.Logbook}[module]
         original, calls = getattr(owner, name), iter(range(10**6))
 
         def call(*args, **options):
             if next(calls) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
+                for number in signals or [signal.SIGKILL]:
+                    os.kill(os.getpid(), number)
             return original(*args, **options)
 
         setattr(owner, name, call)
@@ -137,3 +141,68 @@ def test_a_killed_run_ends_as_if_nobody_had_touched_it(sample_root, tmp_path, wh
     assert runs.run("--resume=auto") == 0, runs.text()
     assert len(runs.folders()) == 1
     assert final_state(runs.folders()[0]) == whole(variant)
+
+
+def test_a_request_to_stop_ends_the_validation(sample_root, tmp_path, whole):
+    """At once, on machines that are taken away 30 seconds later; validation is then repeated."""
+    runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
+    assert runs.run(kill=("engine", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
+    last = runs.folders()[0] / "models" / checkpoint.LAST
+    assert checkpoint.load(last)["progress"]["position"] == 2
+    assert f"--resume={os.path.relpath(last, CODE)}" in runs.text()
+    assert runs.run(f"--resume={last}") == 0, runs.text()
+    assert final_state(runs.folders()[0]) == whole("no worker")
+
+
+def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
+    sample_root, tmp_path, whole
+):
+    runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
+    assert runs.run("--resume=auto", kill=("os", "link", 2)) == -signal.SIGKILL
+    [folder] = runs.folders()
+    older = folder.with_name("torch_conv_exp_2000-01-01_00-00-00")
+    evaluation = folder.with_name("evaluation_exp_2099-01-01_00-00-00")
+    for decoy in (older, evaluation):
+        (decoy / "models").mkdir(parents=True)
+    models = folder / "models"
+    (models / checkpoint.LAST).write_bytes(b"damaged")
+    assert runs.run("--resume=auto") == 0, runs.text()
+    assert f"Loaded {os.path.relpath(models / checkpoint.PREVIOUS, CODE)}" in runs.text()
+    assert final_state(folder) == whole("no worker")
+
+    before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    assert runs.run("--resume=auto") == 0
+    assert runs.text().endswith("This run has done 3 epochs: raise --epochs to go on.\n")
+    assert before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing(sample_root, tmp_path):
+    runs = Runs(sample_root, tmp_path, ["-j=0"])
+    folder = runs.logs / "torch_conv_exp_2000-01-01_00-00-00"
+    (folder / "models").mkdir(parents=True)
+    assert runs.run("--resume=auto", "--epochs=1") == 0, runs.text()
+    path = os.path.relpath(folder, CODE)
+    assert f"--resume=auto: {path} holds no checkpoint; starting afresh" in runs.text()
+    assert len(runs.folders()) == 2 and len(list(folder.rglob("*"))) == 1
+    assert runs.run("--resume=auto", "-e") == 0, runs.text()
+    assert runs.run("--resume=auto", "-e", "--use-vit") == 1
+    assert runs.text().endswith("no run to look at\n")
+
+
+def test_an_epoch_under_way_starts_over_in_another_order(sample_root, tmp_path):
+    runs = Runs(sample_root, tmp_path, ["-j=0"])
+    assert runs.run(kill=("os", "link", 3)) == -signal.SIGKILL
+    assert runs.run("--resume=auto", "-b=16", "--seed=1") == 0, runs.text()
+    line = (
+        "Resuming: the file was saved in mid-epoch with other -b and --seed: epoch 2 starts over."
+    )
+    assert line in runs.text() and "Epoch: [2][0/5]" in runs.text()
+
+
+def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
+    runs = Runs(sample_root, tmp_path, ["-j=2"])
+    twice = ("engine", "evaluate", 1, signal.SIGINT, signal.SIGINT)
+    assert runs.run(kill=twice) == 130, runs.text()
+    assert runs.text().endswith("Stopped at once; what was saved is whole.\n")
+    assert runs.run("--resume=auto") == 0, runs.text()
+    assert final_state(runs.folders()[0]) == whole("2 workers")
