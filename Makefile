@@ -4,7 +4,7 @@ PYTHON  ?= python3
 VENV     = .venv/bin
 SAMPLE   = ../data/sample
 DEVICE   = --gpu=-1
-TRAINING = --epochs=12 --lr=0.05 --warmup=1 -b 32
+TRAINING = --epochs=16 --lr=0.05 --warmup=1 -b 32
 
 help:
 	@echo "make demo     install; draw sample data; train on it, evaluate, attack"
