@@ -246,12 +246,12 @@ def batch_of(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return images.to(device), torch.randint(100, (batch,), generator=generator).to(device)
 
 
-def settings(device: torch.device) -> Iterator[tuple[str, Callable]]:
+def settings(device: torch.device, threads: list[int]) -> Iterator[tuple[str, Callable]]:
     """Threads on the CPU, precisions on CUDA: set each, yield its title and its autocast."""
     if device.type == "cpu":
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            yield f"float32, {threads} thread{'s'[: threads - 1]}", nullcontext
+        for n in threads:
+            torch.set_num_threads(n)
+            yield f"float32, {n} thread{'s' if n > 1 else ''}", nullcontext
         return
     torch.backends.cudnn.benchmark = True
     for precision in ("float32", "TF32", "bfloat16"):
@@ -261,12 +261,13 @@ def settings(device: torch.device) -> Iterator[tuple[str, Callable]]:
         yield precision, bfloat16 if precision == "bfloat16" else nullcontext
 
 
-def measure(device: torch.device, batch: int, rounds: int, sweep: bool) -> dict:
+def measure(device: torch.device, batch: int, args: argparse.Namespace) -> dict:
     meter, result = Meter(device), {"training": {}, "attack": {}, "layers": []}
-    for title, autocast in settings(device):
+    rounds = 2 if args.quick else args.rounds
+    for title, autocast in settings(device, args.threads):
         if not result["layers"]:
             shapes = [(shape, batch) for shape in SIMPLENET]
-            shapes += [(shape, batch // 4) for shape in SWEEP if sweep]
+            shapes += [(shape, batch // 4) for shape in SWEEP if not args.quick]
             result["layers"] = [measure_layer(meter, *each, rounds) for each in shapes]
         title = f"batch {batch}, {title}"
         result["training"][title] = measure_training(meter, batch, rounds, autocast)
@@ -410,6 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure our convolution beside torch's.")
     parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 = CPU")
     parser.add_argument("--batch", type=int, help="images a step (64 on the CPU, 256 on CUDA)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two rounds, SimpleNet's layers only")
     args = parser.parse_args()
@@ -417,8 +419,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     batch = args.batch or (64 if device.type == "cpu" else 256)
-    rounds = 2 if args.quick else args.rounds
-    result = circumstances(device) | measure(device, batch, rounds, not args.quick)
+    result = circumstances(device) | measure(device, batch, args)
     name = "conv_benchmark" if device.type == "cpu" else "conv_benchmark_cuda"
     target = ROOT / "results" / name
     target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
