@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import torch
 import torch.nn as nn
-from custom_dataloader import MiniPlacesLoader
 from torch.utils.data import DataLoader
 
+from custom_dataloader import MiniPlacesLoader
 from student_code import (
     CustomConv2d,
     default_attack,
