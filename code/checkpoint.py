@@ -229,7 +229,7 @@ def _is_of(optimizer: torch.optim.Optimizer, saved: object) -> bool:
             and all(_fits(value, parameters[i]) for value in memory.values())
             for i, memory in memories
         )
-    except (TypeError, KeyError, IndexError, AttributeError):
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
         return False
 
 
@@ -252,11 +252,13 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
         best = float(content.get("best_acc1", float("-inf")))
         progress = Progress(int(content.get("epoch", 0)), best_acc1=best, order=order)
         middle = content.get("progress") or {"position": 0, "tally": [], "order": {}}
+        if not isinstance(middle, dict):
+            raise TypeError
         position, tally = int(middle["position"]), [float(v) for v in middle["tally"]]
         changed = [name for name in order if middle["order"].get(name) != order[name]]
         if progress.epoch < 0 or position < 0 or len(tally) not in (0, 5) or best != best:
             raise ValueError
-    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, OverflowError):
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, OverflowError):
         raise UserError("the checkpoint's epoch, best_acc1 or progress makes no sense") from None
     if position and changed:
         return progress, (

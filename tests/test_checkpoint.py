@@ -332,6 +332,7 @@ def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
         {"best_acc1": float("nan")},
         {"best_acc1": torch.zeros(3)},
         {"progress": [1]},
+        {"progress": torch.tensor(1)},
         {"progress": {"position": 1}},
         {"progress": {**MIDDLE, "tally": [1.0]}},
         {"progress": {**MIDDLE, "order": None}},

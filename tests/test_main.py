@@ -42,7 +42,7 @@ def run(tree, *words, code=0):
 
 
 def runs(tree):
-    return sorted((tree / "logs").glob("*_exp_*"))
+    return sorted((tree / "logs").glob("*_exp_*"), key=lambda folder: folder.name[-19:])  # date
 
 
 def weights(folder, name="checkpoint.pth.tar"):
