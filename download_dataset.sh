@@ -437,6 +437,7 @@ def main():
     if fresh:
         get_images()
         have_images()  # raises unless they are all there
+    remove(DATA / "data.tar.gz.part")  # of a run that was killed with all but this done
     if problems:
         raise Stop("; ".join(problems) + ". Run this again to try once more")
     counts = ", ".join(f"{n:,} {split}" for split, n in count_images().items())
