@@ -269,10 +269,13 @@ class Batches(DataLoader):
         )
 
     def __iter__(self) -> Iterator:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (ConnectionError, EOFError):  # a worker died while it handed over a batch
+            raise UserError(DEAD_WORKER.format(NO_MEMORY)) from None
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -280,16 +283,18 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+DEAD_WORKER = "a process that loads images died ({}): use fewer of them, -j 1 or -j 0"
+NO_MEMORY = "memory may have run out, or /dev/shm is full"
+
+
 def worker_death(error: RuntimeError) -> UserError | None:
     """What to tell of an error with which torch reports a dead worker, at any point of a run."""
     text = str(error)
     if "DataLoader worker" in text and "Caught" not in text:
-        why = "memory may have run out, or /dev/shm is full"
-    elif "shared memory" in text or "No space left on device" in text:
-        why = "/dev/shm is full"
-    else:
-        return None
-    return UserError(f"a process that loads images died ({why}): use fewer of them, -j 1 or -j 0")
+        return UserError(DEAD_WORKER.format(NO_MEMORY))
+    if "shared memory" in text or "No space left on device" in text:
+        return UserError(DEAD_WORKER.format("/dev/shm is full"))
+    return None
 
 
 def _collate(samples: list | UserError):

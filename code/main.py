@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from argparse import Namespace
 
@@ -234,6 +235,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def refuse(error: UserError) -> int:
+    if hasattr(signal, "SIGCHLD"):  # torch would raise again at each worker that ends from here on
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     print(f"error: {error}", file=sys.stderr)
     return 1
 

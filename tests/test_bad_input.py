@@ -460,3 +460,23 @@ def test_a_worker_that_dies_is_one_line(sample_root, tmp_path):
         "error: a process that loads images died (memory may have run out, or /dev/shm is full): "
         "use fewer of them, -j 1 or -j 0\n"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
+def test_a_full_dev_shm_is_one_line(sample_root, tmp_path):
+    """In a mount name space of its own, where /dev/shm holds less than one batch."""
+    tree = shutil.copytree(CODE, tmp_path / "code")
+    words = [sys.executable, "main.py", str(sample_root), "--gpu=-1", "-j=2", "-b=16"]
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    namespace = ["unshare", "-m", "sh", "-c"]
+    if subprocess.run([*namespace, mount, "sh", "true"], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a file system")
+    done = subprocess.run(
+        [*namespace, mount, "sh", *words], cwd=tree, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"error: a process that loads images died \(.*/dev/shm is full\): use fewer of them, -j 1 "
+        r"or -j 0\n",
+        done.stderr,
+    )
