@@ -154,6 +154,7 @@ class Trainer:
             val,
             learning_rate=self.scheduler.get_last_lr()[0],
             images_per_second=self.args.batch_size / seconds if seconds else None,
+            peak_memory_bytes=self.place.peak_memory(),
         )
         if val.acc1 > progress.best_acc1:
             progress.best_acc1 = val.acc1
