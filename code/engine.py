@@ -6,6 +6,7 @@ driver. Sums stay on the device until someone reads them, so that a step never w
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 
 from adversarial_training import Objective, ordinary
 from utils import AverageMeter
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @dataclass
@@ -29,6 +35,15 @@ class Place:
 
     def labels(self, y: Tensor) -> Tensor:
         return y.to(self.device, non_blocking=True)
+
+    def peak_memory(self) -> int | None:
+        """The most bytes this process has held on a GPU, or in all; None where nothing tells."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Tally:

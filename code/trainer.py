@@ -161,6 +161,7 @@ class Trainer:
             val,
             learning_rate=self.scheduler.get_last_lr()[0],
             images_per_second=self.args.batch_size / seconds if seconds else None,
+            peak_memory_bytes=self.place.peak_memory(),
             **robust,
         )
         if self._is_best(val.acc1, **robust):
