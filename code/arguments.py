@@ -163,6 +163,8 @@ def training_contradictions(
             yield f"{spelled(flag)} needs --pgd or --at"
     if args.pgd_blend and args.at in ("free", "trades"):
         yield f"--pgd-blend is not part of --at={args.at}: leave it out"
+    if args.at == "free" and args.pgd_steps == 0:
+        yield "--at=free replays each batch at least once: --pgd-steps=1 or more"
     if args.at == "fgsm-rs" and args.pgd_steps not in (None, 1):
         yield "--at=fgsm-rs takes one step: leave --pgd-steps out, or use --at=pgd"
 

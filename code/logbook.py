@@ -25,7 +25,7 @@ from utils import UserError
 LOGS = Path(__file__).resolve().parent.parent / "logs"
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
 BEST = "top1_accuracy", "best"  # the curve of the best validation accuracy so far
-HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "momentum", "wd", "clip_grad", "pgd")
+HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "momentum", "wd", "clip_grad")
 
 # What a row of metrics.jsonl tells of the machine: two runs alike in all else differ in it
 OF_THE_MACHINE = ("images_per_second", "peak_memory_bytes")
@@ -93,7 +93,11 @@ class Logbook:
         values = {name: content["arguments"][name] for name in HYPERPARAMETERS}
         tag, name = BEST
         best = Metric(f"data/{tag}", f"data_{tag}_{name}", display_name="best top-1 accuracy")
-        self.events.hparams({"network": content["kind"], **values}, best, self.folder.name)
+        self.events.hparams(
+            {"network": content["kind"], "at": content["arguments"]["at"] or "off", **values},
+            best,
+            self.folder.name,
+        )
 
     def step(self, iteration: int, loss: float, learning_rate: float) -> None:
         self.events.scalar("data/training_loss", loss, iteration)

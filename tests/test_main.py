@@ -121,7 +121,7 @@ def test_tensorboard_shows_the_settings_beside_the_best_accuracy(trained):
     )
     values = start.session_start_info.hparams
     assert values["lr"].number_value == 0.02 and values["network"].string_value == "torch_conv"
-    assert values["pgd"].HasField("bool_value") and not values["pgd"].bool_value
+    assert values["at"].string_value == "off"
     (metric,) = experiment.experiment.metric_infos
     assert scalars(folder / metric.name.group, metric.name.tag)
 
@@ -276,6 +276,12 @@ BAD = [
     (["--epochs=1.5"], 2, r"invalid int value"),
     (["--pgd-steps=5"], 2, r"--pgd-steps needs --pgd"),
     (["--pgd-blend=1", "--pgd=False"], 2, r"--pgd-blend needs --pgd"),
+    (["--at=free", "--pgd-steps=0"], 2, r"at least once"),
+    (["--at=trades", "--pgd-blend=0.5"], 2, r"--pgd-blend is not part of --at=trades"),
+    (["--at=free", "--pgd"], 2, r"leave it or --at=free out"),
+    (["--best-by=robust"], 2, r"--best-by needs --pgd or --at"),
+    (["--weights=x", "-e", "--resume=x"], 2, r"--weights trains and -e does not"),
+    (["--weights=nowhere"], 1, r"no checkpoint at nowhere"),
     (["--start-epoch=1"], 2, r"--start-epoch 1 leaves nothing of --epochs 1"),
     (["--start-epoch=1", "--resume=x"], 2, r"--resume knows how many epochs"),
     (["--check-data", "-a", "--resume=x"], 2, r"--check-data stands alone"),
