@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
+from tensorboard.plugins.hparams.summary_v2 import Metric
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +24,11 @@ from utils import UserError
 
 LOGS = Path(__file__).resolve().parent.parent / "logs"
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
+BEST = "top1_accuracy", "best"  # the curve of the best validation accuracy so far
+HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "momentum", "wd", "clip_grad")
+
+# What a row of metrics.jsonl tells of the machine: two runs alike in all else differ in it
+OF_THE_MACHINE = ("images_per_second", "peak_memory_bytes")
 
 
 def new_run(kind: str) -> Path:
@@ -84,13 +90,21 @@ class Logbook:
         """Write down how the run was started."""
         content = {**content, "torch": torch.__version__, "commit": commit()}
         write_atomically(self.folder / "config.json", json.dumps(content, indent=2).encode())
+        values = {name: content["arguments"][name] for name in HYPERPARAMETERS}
+        tag, name = BEST
+        best = Metric(f"data/{tag}", f"data_{tag}_{name}", display_name="best top-1 accuracy")
+        self.events.hparams(
+            {"network": content["kind"], "at": content["arguments"]["at"] or "off", **values},
+            best,
+            self.folder.name,
+        )
 
     def step(self, iteration: int, loss: float, learning_rate: float) -> None:
         self.events.scalar("data/training_loss", loss, iteration)
         self.events.scalar("data/learning_rate", learning_rate, iteration)
 
     def epoch(self, epoch: int, train: Scores, val: Scores, **more: float | None) -> None:
-        """Record one finished epoch, counted from 1."""
+        """Record one finished epoch, counted from 1; `more` goes to its row in metrics.jsonl."""
         for tag, attribute in ACCURACIES.items():
             for name, scores in (("train", train), ("val", val)):
                 self._curve(tag, name).scalar(f"data/{tag}", getattr(scores, attribute), epoch)
@@ -103,6 +117,11 @@ class Logbook:
                 **more,
             }
         )
+        if "robust_top1_accuracy" in more:
+            robust = self._curve("top1_accuracy", "robust")
+            robust.scalar("data/top1_accuracy", more["robust_top1_accuracy"], epoch)
+        best = max(row["val_top1_accuracy"] for row in self.rows)
+        self._curve(*BEST).scalar(f"data/{BEST[0]}", best, epoch)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.metrics, text.encode())
 

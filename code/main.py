@@ -59,18 +59,19 @@ def choose_device(gpu: int, use_mps: bool) -> torch.device:
 
 
 def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dict]:
-    """The kind of network, the network, and the checkpoint it was loaded from (or {})."""
-    if not args.resume:
+    """The kind of network, the network, and the checkpoint that the run resumes from (or {})."""
+    path = args.resume or args.weights
+    if not path:
         kind = args.kind or "torch_conv"
         return kind, networks.build(kind, num_classes, pretrained=True), {}
-    content = checkpoint.load(args.resume)
+    content = checkpoint.load(path)
     kind = args.kind or content.get("kind")
     if not isinstance(kind, str) or kind not in networks.BUILDERS:
         kind = networks.kind_of(content["state_dict"], num_classes)
     model = networks.build(kind, num_classes)
-    checkpoint.load_weights(model, content, args.resume)
-    print(f"Loaded {args.resume}: {kind} after {content.get('epoch', '?')} epochs.")
-    return kind, model, content
+    checkpoint.load_weights(model, content, path)
+    print(f"Loaded {path}: {kind} after {content.get('epoch', '?')} epochs.")
+    return kind, model, content if args.resume else {}
 
 
 def pictures_of(args: Namespace) -> contextlib.AbstractContextManager[Logbook | None]:

@@ -9,7 +9,7 @@ from torch import nn
 
 import engine
 from attacks import PGD
-from engine import AdversarialTraining, Clock, Place, Tally
+from engine import Clock, Place, Tally
 from geometry import Pixels
 from utils import LinearWarmupCosineAnnealingLR
 
@@ -138,36 +138,6 @@ def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
     torch.rand(17)  # whatever happens between the halves
     train(halves, make_batches()[2:], *training)
     assert same_weights(whole, halves)
-
-
-def test_attacks_of_no_size_train_as_no_attack_does():
-    """An attack that left gradients or BatchNorm statistics behind would change the weights."""
-    clean, attacked = make_network(), make_network()
-    clean[5].p = attacked[5].p = 0.0  # the attack's random start would shift the dropout
-    attack = PGD(epsilon=0.0, steps=3, random_start=True, pixels=PIXELS)
-    adversary = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=(0, 1))
-    batches = [(x.clamp(-2, 2), y) for x, y in make_batches()]  # valid pixels
-    train(clean, batches, *make_training(clean))
-    train(attacked, batches, *make_training(attacked), adversary=adversary)
-    assert same_weights(clean, attacked)
-
-
-def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
-    model = make_network().eval()
-    x, y = torch.zeros(2, 3, 9, 9), torch.tensor([0, 1])
-    attack = PGD(epsilon=0.4, steps=1, pixels=PIXELS)
-
-    def moved(adversary, step):
-        torch.manual_seed(step)
-        return (adversary(model, x, y, step) - x).abs().max().item()
-
-    full = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=(10, 20))
-    assert [moved(full, s) for s in (0, 10, 15, 20, 99)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
-    half = AdversarialTraining(attack, prob=1.0, blend=0.5, ramp=(0, 1))
-    assert moved(half, 5) == pytest.approx(0.2)
-    some = AdversarialTraining(attack, prob=0.3, blend=0.0, ramp=(0, 1))
-    share = sum(moved(some, s) > 0 for s in range(1, 501)) / 500
-    assert 0.2 < share < 0.4
 
 
 def test_mirrored_accuracy_is_of_the_averaged_logits():

@@ -38,7 +38,7 @@ COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", 
 VARIANTS = {
     "no worker": ["-j=0"],
     "2 workers": ["-j=2"],
-    "adversarial": ["-j=1", "--pgd", "--pgd-steps=1"],
+    "adversarial": ["-j=1", "--at=free", "--best-by=robust"],
     "vit": ["-j=0", "--use-vit"],
 }
 
