@@ -98,6 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("-v", "--vis", action="store_true", help="pictures to TensorBoard, with -e or -a")
 
     add = parser.add_argument_group("data").add_argument
+    add(
+        "--cache",
+        choices=("none", "ram", "disk", "device"),
+        default="none",
+        help="where decoded images are kept; device = the GPU",
+    )
     add("--check-data", action="store_true", help="read every file, tell what is wrong, end")
     add("--skip-bad-images", action="store_true", help="do without those that cannot be read")
     return parser

@@ -22,6 +22,7 @@ import arguments
 import checkpoint
 import data_audit
 import engine
+import image_cache
 import logbook
 import networks
 import student_code
@@ -201,6 +202,8 @@ def run(args: Namespace) -> int:
         for split, transform in transforms.items()
     }
     leave_out_bad_images(args, content, list(sets.values()))
+    for dataset in sets.values():
+        image_cache.keep(dataset, args.cache, args.workers, place.device)
     if only_look:
         batches = validation_batches(sets["val"], args.workers, place.device.type == "cuda")
         (evaluate if args.evaluate else attack)(args, model, batches, place)

@@ -37,8 +37,8 @@ SERVER = multiprocessing.get_context("forkserver")
 COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", "--save-every=1"]
 VARIANTS = {
     "no worker": ["-j=0"],
-    "2 workers": ["-j=2"],
-    "adversarial": ["-j=1", "--pgd", "--pgd-steps=1"],
+    "2 workers": ["-j=2", "--cache=device"],
+    "adversarial": ["-j=1", "--pgd", "--pgd-steps=1", "--cache=ram"],
     "vit": ["-j=0", "--use-vit"],
 }
 
