@@ -20,6 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from utils import UserError, load_image
@@ -342,3 +343,16 @@ def validation_batches(dataset: Dataset, workers: int, pin_memory: bool = False)
     keys = [(0, index) for index in range(len(dataset))]
     batches = [keys[i : i + VALIDATION_BATCH] for i in range(0, len(keys), VALIDATION_BATCH)]
     return Batches(dataset, batches, 0, workers, pin_memory=pin_memory)
+
+
+def held_out_batch(dataset: Dataset, size: int) -> tuple[Tensor, Tensor]:
+    """`size` images evenly spread over the set, or all, with their labels: (N, C, H, W), (N,).
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    indices = np.linspace(0, len(dataset) - 1, min(size, len(dataset))).astype(int).tolist()
+    samples = Reproducible(dataset, 0).__getitems__([(0, i) for i in indices])
+    if isinstance(samples, UserError):
+        raise samples
+    return default_collate(samples)
