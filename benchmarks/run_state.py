@@ -5,11 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+
+from logbook import OF_THE_MACHINE  # noqa: E402
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each point it purges
 
@@ -28,7 +34,7 @@ def final_state(folder: Path) -> dict[str, object]:
         "epochs": last["epoch"],
         "best accuracy": last["best_acc1"],
         "best weights": digest(best["state_dict"]),
-        "rows": [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows],
+        "rows": [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in rows],
         "points": {str(f.relative_to(folder)): points(f) for f in event_folders(folder)},
     }
 

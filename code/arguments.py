@@ -6,6 +6,8 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
+from adversarial_training import STEPS
+from robustness import EPSILONS
 from save_point import parse_interval
 
 KIND_FLAGS = {"use_custom_conv": "custom_conv", "use_vit": "vit", "use_resnet18": "resnet18"}
@@ -84,20 +86,44 @@ def build_parser() -> argparse.ArgumentParser:
     add("--wd", "--weight-decay", type=at_least(float, 0), default=1e-4)
     add("--clip-grad", type=at_least(float, 0), default=1.0, help="ViT only; 0 = off")
     add("--resume", default="", metavar="FILE", help="go on from it; auto = the newest run's")
+    add("--weights", default="", metavar="FILE", help="begin a new run with its weights")
     add("--save-every", type=interval, default="10m", help="10m, 30s, or 200 (steps)")
 
     add = parser.add_argument_group("adversarial training").add_argument
     add("--pgd", type=boolean, nargs="?", const=True, default=False, metavar="True|False")
+    add("--at", choices=STEPS, help="a mode; --pgd means --at=pgd")
+    add("--at-eps", type=at_least(float, 0), default=4.0, help="l_inf, in pixels of 0 to 255")
     add("--pgd-prob", type=at_least(float, 0, 1), default=1.0, help="share of batches attacked")
-    add("--pgd-steps", type=at_least(int, 0), default=3)
+    add("--pgd-steps", type=at_least(int, 0), help=f"or replays; {defaults(STEPS)}")
     add("--pgd-blend", type=at_least(float, 0, 1), default=0.0, help="weight of clean pixels")
+    add(
+        "--best-by", choices=("clean", "robust"), default="clean", help="what model_best is best in"
+    )
 
     add = parser.add_argument_group("instead of training, with --resume").add_argument
     add("-e", "--evaluate", action="store_true", help="accuracy with mirror averaging")
     add("-a", "--attack", action="store_true", help="accuracy under the default attack")
     add("-v", "--vis", action="store_true", help="pictures to TensorBoard, with -e or -a")
 
+    add = parser.add_argument_group(
+        "-a with another attack: PGD, by default untargeted",
+        "Radius and step count in pixels of 0 to 255: --attack-eps=4 is 4/255 (l2, l1: the norm).",
+    ).add_argument
+    add("--attack-norm", choices=EPSILONS, help="default linf")
+    add("--attack-eps", type=at_least(float, 0), help=f"default {defaults(EPSILONS)}")
+    add("--attack-steps", type=at_least(int, 0), help="default 10")
+    add("--attack-step-size", type=at_least(float, 0), help="default 2.5 eps / steps")
+    add("--attack-goal", choices=("untargeted", "least_likely", "random"))
+    add("--attack-restarts", type=at_least(int, 1), help="the worst for each image; default 1")
+    add("--sweep", action="store_true", help="accuracy over eps x steps, to TensorBoard as well")
+
     add = parser.add_argument_group("data").add_argument
+    add(
+        "--cache",
+        choices=("none", "ram", "disk", "device"),
+        default="none",
+        help="where decoded images are kept; device = the GPU",
+    )
     add("--check-data", action="store_true", help="read every file, tell what is wrong, end")
     add("--skip-bad-images", action="store_true", help="do without those that cannot be read")
     return parser
@@ -115,6 +141,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(message)
     args.kind = KIND_FLAGS[kinds[0]] if kinds else None
     args.gpu = 0 if args.gpu is None else args.gpu
+    args.at = "pgd" if args.pgd else args.at
     return args
 
 
@@ -133,17 +160,41 @@ def contradictions(
         yield f"{passes[0]} needs --resume=FILE, the checkpoint to look at"
     if args.vis and not passes:
         yield "-v shows what -e or -a looked at: add one of them"
-    if args.pgd and passes:
-        yield f"--pgd trains and {passes[0]} does not: leave one of them out"
-    for flag in ("pgd_prob", "pgd_steps", "pgd_blend"):
-        if getattr(args, flag) != default(flag) and not args.pgd:
-            yield f"{spelled(flag)} needs --pgd"
+    yield from training_contradictions(args, passes, default)
+    own = [f for f in vars(args) if f.startswith("attack_") and getattr(args, f) is not None]
+    if not args.attack and (own or args.sweep):
+        yield f"{spelled([*own, 'sweep'][0])} needs -a"
+    if args.sweep and {"attack_eps", "attack_steps"} & set(own):
+        yield "--sweep goes through eps and steps: leave --attack-eps and --attack-steps out"
     if args.use_mps and args.gpu is not None:
         yield "--use-mps and --gpu exclude each other"
     if args.resume and args.start_epoch:
         yield "--resume knows how many epochs are done: leave --start-epoch out"
     if args.start_epoch >= args.epochs:
         yield f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to do"
+
+
+def training_contradictions(
+    args: argparse.Namespace, passes: list[str], default: Callable[[str], object]
+) -> Iterator[str]:
+    for flag in ("pgd", "at", "weights"):
+        if getattr(args, flag) and passes:
+            yield f"{spelled(flag)} trains and {passes[0]} does not: leave one of them out"
+    if args.pgd and args.at not in (None, "pgd"):
+        yield f"--pgd means --at=pgd: leave it or --at={args.at} out"
+    for flag in ("at_eps", "pgd_prob", "pgd_steps", "pgd_blend", "best_by"):
+        if getattr(args, flag) != default(flag) and not (args.pgd or args.at):
+            yield f"{spelled(flag)} needs --pgd or --at"
+    if args.pgd_blend and args.at in ("free", "trades"):
+        yield f"--pgd-blend is not part of --at={args.at}: leave it out"
+    if args.at == "free" and args.pgd_steps == 0:
+        yield "--at=free replays each batch at least once: --pgd-steps=1 or more"
+    if args.at == "fgsm-rs" and args.pgd_steps not in (None, 1):
+        yield "--at=fgsm-rs takes one step: leave --pgd-steps out, or use --at=pgd"
+
+
+def defaults(values: dict[str, int]) -> str:
+    return ", ".join(f"{value} for {name}" for name, value in values.items())
 
 
 def spelled(name: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adversarial_training import Watchdog
 from utils import UserError
 
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -41,6 +43,7 @@ class Progress:
     epoch: int = 0  # epochs done
     position: int = 0  # batches done of the epoch under way
     best_acc1: float = float("-inf")
+    best_robust: float = float("-inf")
     tally: list[float] = field(default_factory=list)  # sums over the epoch under way
     order: dict = field(default_factory=dict)  # what the order of its batches follows from
 
@@ -250,13 +253,19 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
     """
     try:
         best = float(content.get("best_acc1", float("-inf")))
-        progress = Progress(int(content.get("epoch", 0)), best_acc1=best, order=order)
+        robust = float(content.get("best_robust", float("-inf")))
+        progress = Progress(int(content.get("epoch", 0)), 0, best, robust, order=order)
         middle = content.get("progress") or {"position": 0, "tally": [], "order": {}}
         if not isinstance(middle, dict):
             raise TypeError
         position, tally = int(middle["position"]), [float(v) for v in middle["tally"]]
         changed = [name for name in order if middle["order"].get(name) != order[name]]
-        if progress.epoch < 0 or position < 0 or len(tally) not in (0, 5) or best != best:
+        if (
+            progress.epoch < 0
+            or position < 0
+            or len(tally) not in (0, 5)
+            or math.isnan(best + robust)
+        ):
             raise ValueError
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, OverflowError):
         raise UserError("the checkpoint's epoch, best_acc1 or progress makes no sense") from None
@@ -267,6 +276,24 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
         )
     progress.position, progress.tally = position, tally
     return progress, None
+
+
+def load_watchdog(watchdog: Watchdog, model: nn.Module, content: dict) -> None:
+    """Restore what an adversarial run knows of its robustness; other files know nothing of it.
+
+    Raises:
+        UserError: the content makes no sense.
+    """
+    saved = content.get("watchdog")
+    if saved is None:
+        return
+    try:
+        known = float(saved["best"]), int(saved["epoch"]), dict(saved["weights"])
+        if not math.isfinite(known[0]) or known[2] and misfits(model, known[2]):
+            raise ValueError
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, OverflowError):
+        raise UserError("the checkpoint's watchdog makes no sense") from None
+    watchdog.best, watchdog.epoch, watchdog.weights = known
 
 
 def left_out(content: dict) -> list[str] | None:

@@ -6,15 +6,21 @@ driver. Sums stay on the device until someone reads them, so that a step never w
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from attacks import PGD
+from adversarial_training import Objective, ordinary
 from utils import AverageMeter
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @dataclass
@@ -29,6 +35,15 @@ class Place:
 
     def labels(self, y: Tensor) -> Tensor:
         return y.to(self.device, non_blocking=True)
+
+    def peak_memory(self) -> int | None:
+        """The most bytes this process has held on a GPU, or in all; None where nothing tells."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Tally:
@@ -96,31 +111,6 @@ class Clock:
         self.start = now
 
 
-@dataclass
-class AdversarialTraining:
-    """Train on attacked batches (Madry et al., 2018, eq. 2.1).
-
-    attack: leaves the model and its gradients as they were; its step size follows from its ε.
-    prob: the share of batches that are attacked.
-    blend: the weight of the clean pixels in an attacked batch (0.5 = half and half).
-    ramp: the steps between which ε grows from 0 to its full size. A network that is attacked while
-        its outputs still mean nothing stays at chance.
-    """
-
-    attack: PGD
-    prob: float
-    blend: float
-    ramp: tuple[int, int]
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
-        start, end = self.ramp
-        share = min(1.0, (step - start) / max(end - start, 1))
-        if share <= 0 or torch.rand(()) >= self.prob:
-            return x
-        attack = replace(self.attack, epsilon=share * self.attack.epsilon)
-        return torch.lerp(attack.perturb(model, x, y), x, self.blend)
-
-
 def train_epoch(
     model: nn.Module,
     batches: Iterable,
@@ -132,10 +122,11 @@ def train_epoch(
     clock: Clock,
     seed: int,
     clip_grad: float = 0.0,
-    adversary: AdversarialTraining | None = None,
+    objective: Objective = ordinary,
 ) -> Iterator[float]:
-    """Take one step for each batch and yield the learning rate it was taken with.
+    """Train on each batch and yield its learning rate.
 
+    A batch is one step of the schedule, even if its objective is worth several of the optimizer's.
     Random numbers of a step (drop path, attacks) follow from `seed` and the scheduler's step count,
     so a resumed epoch draws what an uninterrupted one would have drawn.
     """
@@ -143,17 +134,14 @@ def train_epoch(
     for x, y in batches:
         clock.data_arrived()
         x, y = place.images(x), place.labels(y)
-        torch.manual_seed(hash((seed, scheduler.last_epoch)))
-        if adversary is not None:
-            x = adversary(model, x, y, scheduler.last_epoch)
-
-        logits = model(x)
-        loss = criterion(logits, y)
-        optimizer.zero_grad()  # after the attack: none of its gradients may reach the step
-        loss.backward()
-        if clip_grad > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        optimizer.step()
+        step = scheduler.last_epoch
+        torch.manual_seed(hash((seed, step)))
+        for logits, loss in objective(model, criterion, x, y, step):  # noqa: B007
+            optimizer.zero_grad()  # after an attack: none of its gradients may reach the step
+            loss.backward()
+            if clip_grad > 0:
+                nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+            optimizer.step()
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
 
@@ -169,8 +157,8 @@ def evaluate(
     plain: Tally,
     clock: Clock,
     mirrored: Tally | None = None,
-) -> Iterator[Tensor]:
-    """Count hits over all batches and yield each batch's images (N, C, H, W).
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Count hits over all batches and yield each batch's images (N, C, H, W) and labels (N,).
 
     `mirrored` counts the hits of the logits averaged over an image and its mirror image.
     """
@@ -184,29 +172,29 @@ def evaluate(
             if mirrored is not None:
                 mirrored.add((logits + model(x.flip(3))) / 2, y)
         clock.step_done()
-        yield x
+        yield x, y
 
 
 def attack(
     model: nn.Module,
     batches: Iterable,
-    attacker: object,
+    perturb: Callable[[nn.Module, Tensor, Tensor], Tensor],
     place: Place,
     clean: Tally,
     adversarial: Tally,
     clock: Clock,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attack every batch, count hits before and after, and yield (images, attacked images).
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Attack every batch, count hits before and after, yield (images, attacked images, labels).
 
-    attacker: anything with `perturb(model, x)`, the contract's `default_attack` among them.
+    perturb: (model, images, labels) -> attacked images; it may spoil what it is given.
     """
     model.eval()
     for x, y in batches:
         clock.data_arrived()
         x, y = place.images(x), place.labels(y)
-        x_adv = attacker.perturb(model, x.clone()).detach()
+        x_adv = perturb(model, x.clone(), y).detach()
         with torch.no_grad():
             clean.add(model(x), y)
             adversarial.add(model(x_adv), y)
         clock.step_done()
-        yield x, x_adv
+        yield x, x_adv, y

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.plugins.hparams import summary_v2 as hparams
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import summary
@@ -51,6 +52,15 @@ class EventFile:
     def image(self, tag: str, image: Tensor, step: int) -> None:
         """Add an image (3, H, W) in [0, 1]."""
         self._add(step=step, summary=summary.image(tag, image, dataformats="CHW"))
+
+    def text(self, tag: str, markdown: str) -> None:
+        self._add(step=0, summary=summary.text(tag, markdown))
+
+    def hparams(self, values: dict, metric: hparams.Metric, run: str) -> None:
+        """Show a run's settings under TensorBoard's HParams, beside a scalar that is there."""
+        columns = [hparams.HParam(name) for name in values]
+        self._add(step=0, summary=hparams.hparams_config_pb(columns, [metric]))
+        self._add(step=0, summary=hparams.hparams_pb(values, trial_id=run))
 
     def sync(self) -> None:
         """Have the disk hold what was written, for a machine that loses its power."""

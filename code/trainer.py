@@ -13,21 +13,23 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+import adversarial_training
 import checkpoint
 import engine
 import logbook
+from adversarial_training import STEPS, AdversarialTraining, Watchdog
 from attacks import PGD
 from checkpoint import Progress
-from custom_dataloader import training_batches, validation_batches
+from custom_dataloader import held_out_batch, training_batches, validation_batches
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from engine import AdversarialTraining, Clock, Place, Scores, Tally
+from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
 from logbook import Console, Logbook
 from save_point import SavePoint
 from utils import LinearWarmupCosineAnnealingLR, UserError
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names
-TRAINING_EPSILON = 0.1  # normalised units, as the default attack's
+HELD_OUT = 200  # validation images that the robust accuracy of each epoch is measured on
 
 
 class Trainer:
@@ -57,6 +59,10 @@ class Trainer:
                 print(f"Resuming: {line}.")
         self.scheduler = make_schedule(args, self.optimizer, len(self.batches), self.progress)
         self.adversary = make_adversary(args, args.epochs * len(self.batches))
+        if self.adversary:
+            self.held_out = held_out_batch(val_set, HELD_OUT)
+            self.watchdog = Watchdog(chance=100 / val_set.num_classes)
+            checkpoint.load_watchdog(self.watchdog, model, content)
         self.resumed_from = args.resume if content else None
 
     def train(self) -> int:
@@ -108,7 +114,7 @@ class Trainer:
             clock,
             seed=self.args.seed,
             clip_grad=self.args.clip_grad if self.kind == "vit" else 0.0,
-            adversary=self.adversary,
+            objective=self.adversary or adversarial_training.ordinary,
         )
         with Console(len(self.batches), self.args.print_freq, first) as console:
             for i, rate in enumerate(steps, first):
@@ -147,6 +153,7 @@ class Trainer:
             return False
         print(logbook.final_line(val))
         train = Scores.of(*progress.tally[:4])
+        robust = self._measure_robustness() if self.adversary else {}
         progress.epoch, progress.position, progress.tally = progress.epoch + 1, 0, []
         self.book.epoch(
             progress.epoch,
@@ -154,14 +161,46 @@ class Trainer:
             val,
             learning_rate=self.scheduler.get_last_lr()[0],
             images_per_second=self.args.batch_size / seconds if seconds else None,
+            peak_memory_bytes=self.place.peak_memory(),
+            **robust,
         )
-        if val.acc1 > progress.best_acc1:
-            progress.best_acc1 = val.acc1
-            without = {"optimizer", "scheduler", "progress"}
+        if self._is_best(val.acc1, **robust):
+            without = {"optimizer", "scheduler", "progress", "watchdog"}
             best = {k: v for k, v in self._content().items() if k not in without}
             checkpoint.save(self.models / checkpoint.BEST, best)
         self._save_last()
         return True
+
+    def _is_best(self, clean: float, robust_top1_accuracy: float = -1.0, **_: object) -> bool:
+        """Whether the run was never better, in what --best-by names; keeps both records."""
+        progress = self.progress
+        better = {
+            "clean": clean > progress.best_acc1,
+            "robust": robust_top1_accuracy > progress.best_robust,
+        }
+        progress.best_acc1 = max(progress.best_acc1, clean)
+        progress.best_robust = max(progress.best_robust, robust_top1_accuracy)
+        return better[self.args.best_by]
+
+    def _measure_robustness(self) -> dict[str, float]:
+        """Accuracy under PGD-10 on the held-out batch; on its collapse, the last good weights."""
+        x, y = self.place.images(self.held_out[0]), self.place.labels(self.held_out[1])
+        adversary, epoch = self.adversary, self.progress.epoch + 1
+        attack = PGD(epsilon=adversary.epsilon, pixels=adversary.pixels, early_stop=True)
+        robust = adversarial_training.robust_accuracy(self.model, attack, x, y)
+        print(
+            f"Robust accuracy {robust:.1f} (untargeted PGD-{attack.steps}, l_inf, "
+            f"eps {attack.epsilon:g}/255, {len(y)} validation images)"
+        )
+        epsilon = adversary.epsilon_at(epoch * len(self.batches) - 1)
+        if epsilon > 0 and self.watchdog.collapsed(self.model, robust, epoch):
+            self.optimizer.state.clear()  # it remembers the way into the collapse
+            print(
+                f"Catastrophic overfitting: robust accuracy fell from {self.watchdog.best:.1f}; "
+                f"the weights of epoch {self.watchdog.epoch} are restored. If it comes again, "
+                "use --at=pgd, a smaller --at-eps or a smaller --lr."
+            )
+        return {"robust_top1_accuracy": robust, "epsilon_255": epsilon}
 
     def _validate(self) -> Scores | None:
         """Plain accuracy over the validation set; None if a stop is asked for meanwhile."""
@@ -183,10 +222,12 @@ class Trainer:
             "kind": self.kind,
             "state_dict": self.model.state_dict(),
             "best_acc1": progress.best_acc1,
+            "best_robust": progress.best_robust,
             "left_out": self.left_out,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "progress": {k: getattr(progress, k) for k in ("position", "tally", "order")},
+            "watchdog": self.watchdog.state() if self.adversary else None,
         }
 
     def _save_last(self) -> None:
@@ -254,11 +295,17 @@ def make_schedule(
 
 
 def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | None:
-    """The --pgd mode: a clean quarter of the run, then untargeted PGD, at full size from 3/4 on."""
-    if not args.pgd:
+    """The mode of --at. From scratch, a quarter of the run is clean and epsilon full from 3/4 on;
+    a network that begins with --weights is attacked at once, at full size after a quarter."""
+    if args.at is None:
         return None
-    pixels = Pixels("normalised", IMAGENET_MEAN, IMAGENET_STD)
-    attack = PGD(epsilon=TRAINING_EPSILON, steps=args.pgd_steps, random_start=True, pixels=pixels)
+    quarter = total_steps // 4
     return AdversarialTraining(
-        attack, args.pgd_prob, args.pgd_blend, (total_steps // 4, 3 * total_steps // 4)
+        mode=args.at,
+        epsilon=args.at_eps,
+        steps=STEPS[args.at] if args.pgd_steps is None else args.pgd_steps,
+        pixels=Pixels("255", IMAGENET_MEAN, IMAGENET_STD),
+        prob=args.pgd_prob,
+        blend=args.pgd_blend,
+        ramp=(0, quarter) if args.weights else (quarter, 3 * quarter),
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 import engine
 from attacks import PGD
-from engine import AdversarialTraining, Clock, Place, Tally
+from engine import Clock, Place, Tally
 from geometry import Pixels
 from utils import LinearWarmupCosineAnnealingLR
 
@@ -140,36 +140,6 @@ def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
     assert same_weights(whole, halves)
 
 
-def test_attacks_of_no_size_train_as_no_attack_does():
-    """An attack that left gradients or BatchNorm statistics behind would change the weights."""
-    clean, attacked = make_network(), make_network()
-    clean[5].p = attacked[5].p = 0.0  # the attack's random start would shift the dropout
-    attack = PGD(epsilon=0.0, steps=3, random_start=True, pixels=PIXELS)
-    adversary = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=(0, 1))
-    batches = [(x.clamp(-2, 2), y) for x, y in make_batches()]  # valid pixels
-    train(clean, batches, *make_training(clean))
-    train(attacked, batches, *make_training(attacked), adversary=adversary)
-    assert same_weights(clean, attacked)
-
-
-def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
-    model = make_network().eval()
-    x, y = torch.zeros(2, 3, 9, 9), torch.tensor([0, 1])
-    attack = PGD(epsilon=0.4, steps=1, pixels=PIXELS)
-
-    def moved(adversary, step):
-        torch.manual_seed(step)
-        return (adversary(model, x, y, step) - x).abs().max().item()
-
-    full = AdversarialTraining(attack, prob=1.0, blend=0.0, ramp=(10, 20))
-    assert [moved(full, s) for s in (0, 10, 15, 20, 99)] == pytest.approx([0, 0, 0.2, 0.4, 0.4])
-    half = AdversarialTraining(attack, prob=1.0, blend=0.5, ramp=(0, 1))
-    assert moved(half, 5) == pytest.approx(0.2)
-    some = AdversarialTraining(attack, prob=0.3, blend=0.0, ramp=(0, 1))
-    share = sum(moved(some, s) > 0 for s in range(1, 501)) / 500
-    assert 0.2 < share < 0.4
-
-
 def test_mirrored_accuracy_is_of_the_averaged_logits():
     model, batches = make_network(3), make_batches(3)
     plain, mirrored = Tally(CPU.device), Tally(CPU.device)
@@ -177,8 +147,8 @@ def test_mirrored_accuracy_is_of_the_averaged_logits():
     model.eval()
     expected_plain, expected_mirrored = Tally(CPU.device), Tally(CPU.device)
     with torch.no_grad():
-        for (x, y), shown in zip(batches, seen, strict=True):
-            assert torch.equal(x, shown)
+        for (x, y), (shown, label) in zip(batches, seen, strict=True):
+            assert torch.equal(x, shown) and torch.equal(y, label)
             a, b = model(x), model(torch.flip(x, dims=[-1]))
             expected_plain.add(a, y)
             expected_mirrored.add(a + b, y)
@@ -195,7 +165,7 @@ def test_looking_changes_nothing(job):
     else:
         attack = PGD(epsilon=0.1, steps=2, pixels=PIXELS)
         tallies = Tally(CPU.device), Tally(CPU.device)
-        passes = engine.attack(model, batches, attack, CPU, *tallies, Clock())
+        passes = engine.attack(model, batches, attack.perturb, CPU, *tallies, Clock())
     assert len(list(passes)) == 2
     assert same_weights(model, before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -204,17 +174,16 @@ def test_looking_changes_nothing(job):
 def test_attack_counts_the_same_images_before_and_after():
     model, batches = make_network(3), make_batches(3)
 
-    class ToBlack:
-        def perturb(self, model, x):
-            return x.fill_(-2.0)  # also spoils its input, as a student's attack may
+    def to_black(model, x, y):
+        return x.fill_(-2.0)  # also spoils its input, as a student's attack may
 
     clean, adversarial = Tally(CPU.device), Tally(CPU.device)
-    pairs = list(engine.attack(model, batches, ToBlack(), CPU, clean, adversarial, Clock()))
+    pairs = list(engine.attack(model, batches, to_black, CPU, clean, adversarial, Clock()))
     expected = Tally(CPU.device)
     list(engine.evaluate(model, batches, CPU, expected, Clock()))
     assert clean.read()[1] == expected.read()[1]
-    for (x, _), (shown, x_adv) in zip(batches, pairs, strict=True):
-        assert torch.equal(x, shown) and (x_adv == -2).all()
+    for (x, y), (shown, x_adv, label) in zip(batches, pairs, strict=True):
+        assert torch.equal(x, shown) and (x_adv == -2).all() and torch.equal(y, label)
     black = model(torch.full((1, 3, 9, 9), -2.0)).argmax().item()
     hits = sum((y == black).sum().item() for _, y in batches)
     assert adversarial.read()[1].acc1 == pytest.approx(100 * hits / 18)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import logbook
 import main
@@ -55,7 +56,7 @@ def same(a, b):
 
 def without_clock(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in logbook.OF_THE_MACHINE} for row in rows]
 
 
 def scalars(folder, tag):
@@ -106,6 +107,23 @@ def test_tensorboard_has_the_contracts_tags(trained):
         for name in ("train", "val"):
             points = scalars(folder / f"data_{tag}_{name}", f"data/{tag}")
             assert points == [(r["epoch"], pytest.approx(r[f"{name}_{tag}"])) for r in rows]
+    best = scalars(folder / "data_top1_accuracy_best", "data/top1_accuracy")
+    tops = [row["val_top1_accuracy"] for row in rows]
+    assert [v for _, v in best] == pytest.approx([max(tops[: i + 1]) for i in range(len(tops))])
+
+
+def test_tensorboard_shows_the_settings_beside_the_best_accuracy(trained):
+    _, folder = trained
+    summaries = EventAccumulator(str(folder)).Reload().summary_metadata
+    start, experiment = (
+        HParamsPluginData.FromString(summaries[f"_hparams_/{name}"].plugin_data.content)
+        for name in ("session_start_info", "experiment")
+    )
+    values = start.session_start_info.hparams
+    assert values["lr"].number_value == 0.02 and values["network"].string_value == "torch_conv"
+    assert values["at"].string_value == "off"
+    (metric,) = experiment.experiment.metric_infos
+    assert scalars(folder / metric.name.group, metric.name.tag)
 
 
 def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained, sample_root):
@@ -258,6 +276,12 @@ BAD = [
     (["--epochs=1.5"], 2, r"invalid int value"),
     (["--pgd-steps=5"], 2, r"--pgd-steps needs --pgd"),
     (["--pgd-blend=1", "--pgd=False"], 2, r"--pgd-blend needs --pgd"),
+    (["--at=free", "--pgd-steps=0"], 2, r"at least once"),
+    (["--at=trades", "--pgd-blend=0.5"], 2, r"--pgd-blend is not part of --at=trades"),
+    (["--at=free", "--pgd"], 2, r"leave it or --at=free out"),
+    (["--best-by=robust"], 2, r"--best-by needs --pgd or --at"),
+    (["--weights=x", "-e", "--resume=x"], 2, r"--weights trains and -e does not"),
+    (["--weights=nowhere"], 1, r"no checkpoint at nowhere"),
     (["--start-epoch=1"], 2, r"--start-epoch 1 leaves nothing of --epochs 1"),
     (["--start-epoch=1", "--resume=x"], 2, r"--resume knows how many epochs"),
     (["--check-data", "-a", "--resume=x"], 2, r"--check-data stands alone"),

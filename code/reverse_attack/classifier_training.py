@@ -1,0 +1,144 @@
+"""Training of the classifier: plain, or on attacked batches (FGSM-RS: Wong et al., 2020)."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import classifier
+import data
+import engine
+import resnets
+from attacks import FGSM, PGD, Attack
+from classifier import Classifier
+from engine import Clock, Place, Scores, Tally
+from geometry import Pixels
+from logbook import Console, Logbook, new_run
+from options import choose_device
+
+LEVELS = Pixels("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+ATTACKS = {
+    "fgsm-rs": FGSM(random_start=True, pixels=LEVELS),
+    "pgd": PGD(steps=7, random_start=True, pixels=LEVELS),
+}
+JUDGED = 500  # held-out images that PGD-10 attacks after each epoch
+
+Adversary = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+def train_classifier(args: Namespace) -> None:
+    """Keeps the epoch that does best on the held-out slice: under PGD-10 if it is a robust one."""
+    place = Place(choose_device(args.device))
+    train, val = data.training_images(args.dataset, args.data_root, args.seed, args.limit)
+    batches = data.AugmentedBatches(train, args.batchsize, args.seed)
+    torch.manual_seed(args.seed)
+    model = Classifier(resnets.build(args.arch, len(train.classes)), bf16=args.bf16)
+    model = model.to(place.device)
+    optimizer = make_optimizer(args.optim, model, args.lr)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, max(2, args.epochs * len(batches)), cycle_momentum=False
+    )
+    robust = args.task == "Robust"
+    adversary = attacked_by(replace(ATTACKS[args.at], epsilon=args.epsilon)) if robust else None
+    judge = PGD(epsilon=args.epsilon, steps=10, early_stop=True, pixels=LEVELS)
+
+    folder = new_run(classifier.kind(args.task, args.dataset, args.arch))
+    print(f"Run: {os.path.relpath(folder)}")
+    best = float("-inf")
+    with Logbook(folder) as book:
+        book.config({k: str(v) for k, v in vars(args).items()})
+        for epoch in range(args.epochs):
+            batches.epoch = epoch
+            scores = one_epoch(
+                model, batches, optimizer, scheduler, place, args, epoch, adversary, book
+            )
+            clean = accuracy(model, val, place)
+            attacked = accuracy(model, val.take(slice(JUDGED)), place, judge)
+            book.epoch(epoch + 1, scores, clean, robust_top1_accuracy=attacked.acc1)
+            print(f"Held out: clean {clean.acc1:.2f} %, PGD-10 {attacked.acc1:.2f} %", flush=True)
+            judged = attacked.acc1 if robust else clean.acc1
+            if judged > best:
+                best = judged
+                content = content_of(model, args, epoch + 1, clean, attacked)
+                checkpoint.save(folder / "models" / checkpoint.BEST, content)
+    print(f"Best on the held-out slice: {best:.2f} %")
+
+
+def attacked_by(attack: Attack) -> Adversary:
+    return lambda model, x, y, step: attack.perturb(model, x, y)
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    if name == "Adam":
+        return torch.optim.Adam(model.parameters(), lr)
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+
+
+def one_epoch(
+    model: nn.Module,
+    batches: data.AugmentedBatches,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    place: Place,
+    args: Namespace,
+    epoch: int,
+    adversary: Adversary | None,
+    book: Logbook,
+) -> Scores:
+    tally, clock, criterion = Tally(place.device), Clock(), nn.CrossEntropyLoss()
+    steps = engine.train_epoch(  # no clipping of gradients
+        model,
+        batches,
+        criterion,
+        optimizer,
+        scheduler,
+        place,
+        tally,
+        clock,
+        args.seed,
+        0,
+        adversary,
+    )
+    with Console(len(batches), print_freq=50) as console:
+        for i, rate in enumerate(steps):
+            if console.step(i):
+                last, mean = tally.read()
+                console.train_line(epoch + 1, i, clock, last, mean, batches.size)
+                book.step(epoch * len(batches) + i, last.loss, rate)
+    return tally.read()[1]
+
+
+def accuracy(
+    model: nn.Module, images: data.Images, place: Place, attack: Attack | None = None
+) -> Scores:
+    """On these images, or on what the attack makes of them."""
+    tally = Tally(place.device)
+    model.eval()
+    for x, y in images.batches(250):
+        x, y = place.images(x), place.labels(y)
+        if attack is not None:
+            x = attack.perturb(model, x, y)
+        with torch.no_grad():
+            tally.add(model(x), y)
+    return tally.read()[1]
+
+
+def content_of(
+    model: Classifier, args: Namespace, epoch: int, clean: Scores, attacked: Scores
+) -> dict:
+    return {
+        "epoch": epoch,
+        "model_arch": args.arch,
+        "state_dict": model.net.state_dict(),
+        "best_acc1": clean.acc1,
+        "robust_acc1": attacked.acc1,
+        "task": args.task,
+        "dataset": args.dataset,
+        "seed": args.seed,
+    }

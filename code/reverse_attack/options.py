@@ -1,0 +1,81 @@
+"""What the commands of Part IV share: flags, the device, one line for a mistake."""
+
+from __future__ import annotations
+
+import re
+import sys
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import resnets
+from arguments import OneLineParser, at_least
+from data import DATASETS, download_cifar10
+from utils import UserError
+
+
+def parser(description: str, batchsize: int) -> OneLineParser:
+    """The flags that every command takes."""
+    made = OneLineParser(description=description)
+    add = made.add_argument
+    add("--data-root", type=Path, default="../data", help="holds cifar10/, or MiniPlaces itself")
+    add("--dataset", choices=DATASETS, default="cifar10")
+    add("--download", action="store_true", help="CIFAR-10, by torchvision's downloader")
+    add("--arch", type=arch, default="narrow", help=f"{', '.join(resnets.ARCHS)} or wrn-D-W")
+    add("--weights", metavar="FILE", help="the classifier, instead of the newest trained one")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--bf16", action="store_true", help="networks compute in bfloat16: faster, less exact")
+    add("--seed", type=at_least(int, 0, 2**31), default=0)
+    add("--limit", type=at_least(int, 1), metavar="N", help="only the first N shuffled images")
+    add("--batchsize", "--batch_size", type=at_least(int, 1), default=batchsize)
+    return made
+
+
+def arch(text: str) -> str:
+    try:
+        with torch.device("meta"):
+            resnets.build(text, 10)
+    except ValueError as e:
+        raise ArgumentTypeError(str(e)) from None
+    return text
+
+
+def choose_device(name: str) -> torch.device:
+    """
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: it is auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
+    there = {
+        "cpu": True,
+        "mps": torch.backends.mps.is_available(),
+        "cuda": (device.index or 0) < torch.cuda.device_count(),
+    }
+    if not there[device.type]:
+        raise UserError(f"--device {name}: PyTorch finds no such device here")
+    return device
+
+
+def run(command: Callable[[Namespace], None], args: Namespace) -> int:
+    """Run a command; a mistake of the user's is one line, and 1 its exit status."""
+    try:
+        if args.download:
+            download_cifar10(args.data_root)
+        torch.manual_seed(args.seed)
+        command(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is too small: use a smaller --batchsize", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped; what was written is whole.", file=sys.stderr)
+        return 130
+    return 0

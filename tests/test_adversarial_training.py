@@ -1,0 +1,224 @@
+"""Adversarial training: each mode against its paper's loop written out, the watchdog, the cost."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import engine
+from adversarial_training import (
+    STEPS,
+    AdversarialTraining,
+    Watchdog,
+    divergence,
+    ordinary,
+    robust_accuracy,
+)
+from attacks import FGSM, PGD
+from engine import Clock, Place, Tally
+from geometry import Pixels
+from utils import LinearWarmupCosineAnnealingLR
+
+CPU = Place(torch.device("cpu"))
+MEAN, STD = (0.5, 0.4, 0.6), (0.25, 0.2, 0.3)
+PIXELS = Pixels("255", MEAN, STD)
+RATE = 0.05
+
+
+def make_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 7),
+    )
+
+
+def make_batches(n: int = 3, size: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    pixels = torch.rand(n, size, 3, 9, 9, generator=g)
+    return list(zip((pixels - mean) / std, torch.randint(7, (n, size), generator=g), strict=True))
+
+
+def train(model: nn.Module, batches: list, first: int = 0, **options) -> Tally:
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    scheduler = LinearWarmupCosineAnnealingLR(optimizer, 0, 10**9)
+    scheduler.last_epoch = first
+    tally = Tally(CPU.device)
+    criterion = nn.CrossEntropyLoss()
+    parts = (model, batches, criterion, optimizer, scheduler, CPU, tally, Clock())
+    list(engine.train_epoch(*parts, seed=5, **options))
+    return tally
+
+
+def descend(model: nn.Module, loss: torch.Tensor) -> None:
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p -= RATE * g
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def written_out(mode: str, model: nn.Module, x, y, epsilon: float) -> None:
+    """One batch of each paper's algorithm; the attacks themselves have tests of their own."""
+    scale = 255 * torch.tensor(STD).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    assert torch.rand(()) < 1  # the draw that decides whether this batch is attacked
+    if mode == "free":
+        lo, hi = ((bound - mean) / std - x for bound in (0, 1))
+        lo, hi = (lo * scale).clamp(-epsilon, 0), (hi * scale).clamp(0, epsilon)
+        delta = lo + (hi - lo) * torch.rand_like(x)
+        for _ in range(STEPS[mode]):
+            delta = delta.detach().requires_grad_(True)
+            loss = F.cross_entropy(model(x + delta / scale), y)
+            (g,) = torch.autograd.grad(loss, delta, retain_graph=True)
+            descend(model, loss)
+            delta = torch.minimum(torch.maximum(delta + epsilon * g.sign(), lo), hi)
+        return
+    options = {"epsilon": epsilon, "random_start": True, "pixels": PIXELS}
+    if mode == "trades":
+        with torch.no_grad():
+            p = copy.deepcopy(model).eval()(x).softmax(1)
+
+        def distance(logits, *_):
+            return (p * (p.log() - logits.log_softmax(1))).sum(1)
+
+        x_adv = PGD(steps=STEPS[mode], loss=distance, **options).perturb(model, x, y)
+        clean = model(x)
+        p, q = clean.softmax(1), model(x_adv).log_softmax(1)
+        descend(model, F.cross_entropy(clean, y) + 6 * (p * (p.log() - q)).sum(1).mean())
+        return
+    attack = FGSM(**options) if mode == "fgsm-rs" else PGD(steps=STEPS[mode], **options)
+    descend(model, F.cross_entropy(model(attack.perturb(model, x, y)), y))
+
+
+@pytest.mark.parametrize("mode", STEPS)
+def test_each_mode_is_its_papers_loop(mode):
+    ours, theirs = make_network(), make_network()
+    adversary = AdversarialTraining(mode=mode, epsilon=8, steps=STEPS[mode], pixels=PIXELS)
+    train(ours, make_batches(), objective=adversary)
+    theirs.train()
+    for step, (x, y) in enumerate(make_batches()):
+        torch.manual_seed(hash((5, step)))
+        written_out(mode, theirs, x, y, 8)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", STEPS)
+def test_an_epoch_in_two_halves_is_an_epoch_in_one_piece(mode):
+    whole, halves = make_network(), make_network()
+    options = {"objective": AdversarialTraining(mode=mode, steps=2, pixels=PIXELS, ramp=(0, 3))}
+    train(whole, make_batches(4), **options)
+    train(halves, make_batches(4)[:2], **options)
+    torch.rand(17)  # whatever happens between the halves
+    train(halves, make_batches(4)[2:], first=2, **options)
+    for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["pgd", "fgsm-rs"])
+def test_attacks_of_no_size_train_as_no_attack_does(mode):
+    """An attack that left gradients or BatchNorm statistics behind would change the weights."""
+    clean, attacked = make_network(), make_network()
+    adversary = AdversarialTraining(mode=mode, epsilon=1e-9, pixels=PIXELS)
+    train(clean, make_batches())
+    train(attacked, make_batches(), objective=adversary)
+    assert_same(clean, attacked)
+
+
+def test_steps_without_an_attack_train_as_ordinary():
+    clean, attacked = make_network(), make_network()
+    train(clean, make_batches())
+    train(attacked, make_batches(), objective=AdversarialTraining(pixels=PIXELS, ramp=(3, 9)))
+    for a, b in zip(clean.state_dict().values(), attacked.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
+    model, seen = make_network(), []
+    x, y = make_batches(1)[0]
+    x = torch.zeros_like(x)  # far from black and white
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    def moved(step, **options):
+        """By how many of 255 the images that the loss is of were moved."""
+        adversary = AdversarialTraining(epsilon=8, steps=2, pixels=PIXELS, **options)
+        torch.manual_seed(step)
+        next(adversary(model, nn.CrossEntropyLoss(), x, y, step))
+        return ((seen[-1] - x) * PIXELS.scale(x)).abs().max().item()
+
+    ramp = [moved(step, ramp=(10, 20)) for step in (0, 9, 10, 14, 19, 99)]
+    assert ramp == pytest.approx([0, 0, 0.8, 4, 8, 8], rel=1e-3)
+    assert moved(5, blend=0.5) == pytest.approx(4, rel=1e-3)
+    assert 0.2 < sum(moved(step, prob=0.3) > 0 for step in range(200)) / 200 < 0.4
+
+
+@pytest.mark.parametrize("mode, forwards, backwards", [("fgsm-rs", 2, 2), ("free", 2, 2)])
+def test_cheap_modes_cost_two_passes(mode, forwards, backwards):
+    """Wong et al. and Shafahi et al. promise twice the cost of ordinary training."""
+    model, passes = make_network(), [0, 0]
+    model[0].register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    model[-1].register_full_backward_hook(lambda *_: passes.__setitem__(1, passes[1] + 1))
+    adversary = AdversarialTraining(mode=mode, steps=STEPS[mode], pixels=PIXELS)
+    train(model, make_batches(1), objective=adversary)
+    assert passes == [forwards, backwards]
+
+
+def test_divergence_is_torchs():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 5, 7)
+    p, q = torch.distributions.Categorical(logits=a), torch.distributions.Categorical(logits=b)
+    expected = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(divergence(b, a.softmax(1)), expected)
+
+
+def test_robust_accuracy_is_what_the_attack_leaves():
+    model = make_network().train()
+    x, y = make_batches(1, 40)[0]
+    attack = PGD(epsilon=4, steps=3, pixels=PIXELS)
+    reference = copy.deepcopy(model).eval()
+    hits = reference(attack.perturb(reference, x, y)).argmax(1) == y
+    assert robust_accuracy(model, attack, x, y) == pytest.approx(100 * hits.float().mean().item())
+    assert all(module.training for module in model.modules())
+
+
+def test_the_watchdog_barks_at_a_collapse_and_restores_the_last_good_weights():
+    model, dog = make_network(), Watchdog(chance=10)
+    looks = []
+    for epoch, robust in enumerate([12, 3, 20, 30, 16, 4, 29], start=1):
+        with torch.no_grad():
+            model[0].weight.fill_(epoch)
+        collapsed = dog.collapsed(model, robust, epoch)
+        looks.append((collapsed, model[0].weight.mean().item()))
+    assert looks == [
+        (False, 1),
+        (False, 2),  # fell from what guessing gives: there was nothing to lose
+        (False, 3),
+        (False, 4),
+        (False, 5),  # more than half of 30
+        (True, 5),
+        (False, 7),
+    ]
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(ValueError, match="pgd, fgsm-rs, free, trades"):
+        AdversarialTraining(mode="fast")
+
+
+def test_the_ordinary_objective_is_the_criterion():
+    model, (x, y) = make_network(), make_batches(1)[0]
+    ((logits, loss),) = ordinary(model, nn.CrossEntropyLoss(), x, y)
+    assert torch.equal(loss, F.cross_entropy(logits, y))
