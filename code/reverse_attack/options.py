@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+import logbook
 import resnets
 from arguments import OneLineParser, at_least
+from checkpoint import write_atomically
 from data import DATASETS, download_cifar10
 from utils import UserError
 
@@ -60,6 +64,17 @@ def choose_device(name: str) -> torch.device:
     if not there[device.type]:
         raise UserError(f"--device {name}: PyTorch finds no such device here")
     return device
+
+
+def write_config(folder: Path, args: Namespace) -> None:
+    """Beside the run: how it was started, on what."""
+    content = {
+        "command": shlex.join(["python", *sys.argv]),
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "torch": torch.__version__,
+        "commit": logbook.commit(),
+    }
+    write_atomically(folder / "config.json", json.dumps(content, indent=2).encode())
 
 
 def run(command: Callable[[Namespace], None], args: Namespace) -> int:
