@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from adversarial_training import STEPS
+from robustness import EPSILONS
 from save_point import parse_interval
 
 KIND_FLAGS = {"use_custom_conv": "custom_conv", "use_vit": "vit", "use_resnet18": "resnet18"}
@@ -104,6 +105,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("-a", "--attack", action="store_true", help="accuracy under the default attack")
     add("-v", "--vis", action="store_true", help="pictures to TensorBoard, with -e or -a")
 
+    add = parser.add_argument_group(
+        "-a with another attack: PGD, by default untargeted",
+        "Radius and step count in pixels of 0 to 255: --attack-eps=4 is 4/255 (l2, l1: the norm).",
+    ).add_argument
+    add("--attack-norm", choices=EPSILONS, help="default linf")
+    add("--attack-eps", type=at_least(float, 0), help=f"default {defaults(EPSILONS)}")
+    add("--attack-steps", type=at_least(int, 0), help="default 10")
+    add("--attack-step-size", type=at_least(float, 0), help="default 2.5 eps / steps")
+    add("--attack-goal", choices=("untargeted", "least_likely", "random"))
+    add("--attack-restarts", type=at_least(int, 1), help="the worst for each image; default 1")
+    add("--sweep", action="store_true", help="accuracy over eps x steps, to TensorBoard as well")
+
     add = parser.add_argument_group("data").add_argument
     add("--check-data", action="store_true", help="read every file, tell what is wrong, end")
     add("--skip-bad-images", action="store_true", help="do without those that cannot be read")
@@ -142,6 +155,11 @@ def contradictions(
     if args.vis and not passes:
         yield "-v shows what -e or -a looked at: add one of them"
     yield from training_contradictions(args, passes, default)
+    own = [f for f in vars(args) if f.startswith("attack_") and getattr(args, f) is not None]
+    if not args.attack and (own or args.sweep):
+        yield f"{spelled([*own, 'sweep'][0])} needs -a"
+    if args.sweep and {"attack_eps", "attack_steps"} & set(own):
+        yield "--sweep goes through eps and steps: leave --attack-eps and --attack-steps out"
     if args.use_mps and args.gpu is not None:
         yield "--use-mps and --gpu exclude each other"
     if args.resume and args.start_epoch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -157,8 +157,8 @@ def evaluate(
     plain: Tally,
     clock: Clock,
     mirrored: Tally | None = None,
-) -> Iterator[Tensor]:
-    """Count hits over all batches and yield each batch's images (N, C, H, W).
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Count hits over all batches and yield each batch's images (N, C, H, W) and labels (N,).
 
     `mirrored` counts the hits of the logits averaged over an image and its mirror image.
     """
@@ -172,29 +172,29 @@ def evaluate(
             if mirrored is not None:
                 mirrored.add((logits + model(x.flip(3))) / 2, y)
         clock.step_done()
-        yield x
+        yield x, y
 
 
 def attack(
     model: nn.Module,
     batches: Iterable,
-    attacker: object,
+    perturb: Callable[[nn.Module, Tensor, Tensor], Tensor],
     place: Place,
     clean: Tally,
     adversarial: Tally,
     clock: Clock,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attack every batch, count hits before and after, and yield (images, attacked images).
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Attack every batch, count hits before and after, yield (images, attacked images, labels).
 
-    attacker: anything with `perturb(model, x)`, the contract's `default_attack` among them.
+    perturb: (model, images, labels) -> attacked images; it may spoil what it is given.
     """
     model.eval()
     for x, y in batches:
         clock.data_arrived()
         x, y = place.images(x), place.labels(y)
-        x_adv = attacker.perturb(model, x.clone()).detach()
+        x_adv = perturb(model, x.clone(), y).detach()
         with torch.no_grad():
             clean.add(model(x), y)
             adversarial.add(model(x_adv), y)
         clock.step_done()
-        yield x, x_adv
+        yield x, x_adv, y

@@ -53,6 +53,9 @@ class EventFile:
         """Add an image (3, H, W) in [0, 1]."""
         self._add(step=step, summary=summary.image(tag, image, dataformats="CHW"))
 
+    def text(self, tag: str, markdown: str) -> None:
+        self._add(step=0, summary=summary.text(tag, markdown))
+
     def hparams(self, values: dict, metric: hparams.Metric, run: str) -> None:
         """Show a run's settings under TensorBoard's HParams, beside a scalar that is there."""
         columns = [hparams.HParam(name) for name in values]

@@ -24,7 +24,7 @@ from utils import UserError
 
 LOGS = Path(__file__).resolve().parent.parent / "logs"
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
-BEST = "top1_accuracy", "best"  # the curve of the best validation accuracy so far
+BEST = "data/top1_accuracy", "best"  # the curve of the best validation accuracy so far
 HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "momentum", "wd", "clip_grad")
 
 # What a row of metrics.jsonl tells of the machine: two runs alike in all else differ in it
@@ -82,7 +82,6 @@ class Logbook:
         self.folder = folder
         self.events = EventFile(folder, step or None)
         self.curves: dict[tuple[str, str], EventFile] = {}
-        self.curves_purge = epochs_done + 1 if step else None
         self.metrics = folder / "metrics.jsonl"
         self.rows = read_rows(self.metrics, epochs_done) if step else []
 
@@ -92,7 +91,7 @@ class Logbook:
         write_atomically(self.folder / "config.json", json.dumps(content, indent=2).encode())
         values = {name: content["arguments"][name] for name in HYPERPARAMETERS}
         tag, name = BEST
-        best = Metric(f"data/{tag}", f"data_{tag}_{name}", display_name="best top-1 accuracy")
+        best = Metric(tag, _folder(tag, name), display_name="best top-1 accuracy")
         self.events.hparams(
             {"network": content["kind"], "at": content["arguments"]["at"] or "off", **values},
             best,
@@ -107,7 +106,7 @@ class Logbook:
         """Record one finished epoch, counted from 1; `more` goes to its row in metrics.jsonl."""
         for tag, attribute in ACCURACIES.items():
             for name, scores in (("train", train), ("val", val)):
-                self._curve(tag, name).scalar(f"data/{tag}", getattr(scores, attribute), epoch)
+                self.point(f"data/{tag}", name, getattr(scores, attribute), epoch)
         self.rows.append(
             {
                 "epoch": epoch,
@@ -118,23 +117,25 @@ class Logbook:
             }
         )
         if "robust_top1_accuracy" in more:
-            robust = self._curve("top1_accuracy", "robust")
-            robust.scalar("data/top1_accuracy", more["robust_top1_accuracy"], epoch)
+            self.point("data/top1_accuracy", "robust", more["robust_top1_accuracy"], epoch)
         best = max(row["val_top1_accuracy"] for row in self.rows)
-        self._curve(*BEST).scalar(f"data/{BEST[0]}", best, epoch)
+        self.point(*BEST, best, epoch)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.metrics, text.encode())
-
-    def _curve(self, tag: str, name: str) -> EventFile:
-        """One curve of a scalar group, in the folder that torch's add_scalars would use."""
-        if (tag, name) not in self.curves:
-            folder = self.folder / f"data_{tag}_{name}"
-            self.curves[tag, name] = EventFile(folder, self.curves_purge)
-        return self.curves[tag, name]
 
     def picture(self, tag: str, image: Tensor, step: int) -> None:
         """Show an image (3, H, W) in [0, 1] under TensorBoard's Images."""
         self.events.image(tag, image, step)
+
+    def point(self, tag: str, curve: str, value: float, x: int) -> None:
+        """A point of one of the curves that one chart shows: a scalar group, as add_scalars'."""
+        if (tag, curve) not in self.curves:
+            folder = self.folder / _folder(tag, curve)
+            self.curves[tag, curve] = EventFile(folder, x)  # an older file's points end here
+        self.curves[tag, curve].scalar(tag, value, x)
+
+    def text(self, tag: str, markdown: str) -> None:
+        self.events.text(tag, markdown)
 
     def sync(self) -> None:
         """Have the disk hold all points, as a checkpoint that comes after them relies on it."""
@@ -147,6 +148,10 @@ class Logbook:
     def __exit__(self, *_: object) -> None:
         for file in (self.events, *self.curves.values()):
             file.close()
+
+
+def _folder(tag: str, curve: str) -> str:
+    return f"{tag}/{curve}".replace("/", "_")
 
 
 def read_rows(metrics: Path, epochs: int) -> list[dict]:

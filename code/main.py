@@ -9,35 +9,29 @@ tensorboard --logdir=../logs/RUN                                                
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 from argparse import Namespace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import arguments
 import checkpoint
 import data_audit
-import engine
 import logbook
 import networks
 import student_code
 from custom_dataloader import (
     MiniPlacesLoader,
     count_classes,
-    validation_batches,
     worker_death,
 )
-from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from engine import Clock, Place, Scores, Tally
-from logbook import Console, Logbook, final_line
+from engine import Place
+from evaluation import Evaluation
 from trainer import Trainer
 from utils import UserError
-
-DIFFERENCE_FACTOR = 10
 
 
 def choose_device(gpu: int, use_mps: bool) -> torch.device:
@@ -72,82 +66,6 @@ def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dic
     checkpoint.load_weights(model, content, path)
     print(f"Loaded {path}: {kind} after {content.get('epoch', '?')} epochs.")
     return kind, model, content if args.resume else {}
-
-
-def pictures_of(args: Namespace) -> contextlib.AbstractContextManager[Logbook | None]:
-    """With -v, the logbook of the run that the checkpoint belongs to."""
-    if not args.vis:
-        return contextlib.nullcontext()
-    folder = logbook.run_of(args.resume) or logbook.new_run("evaluation")
-    print(f"Pictures: tensorboard --logdir={os.path.relpath(folder)}")
-    return Logbook(folder)
-
-
-def evaluate(args: Namespace, model: nn.Module, batches, place: Place) -> None:
-    """-e: accuracy without and with mirror averaging."""
-    plain, mirrored, clock = Tally(place.device), Tally(place.device), Clock()
-    with pictures_of(args) as book, Console(len(batches), args.print_freq) as console:
-        passes = engine.evaluate(model, batches, place, plain, clock, mirrored)
-        for i, x in enumerate(passes):
-            if console.step(i):
-                console.test_line(i, clock, *mirrored.read())
-                if book:
-                    book.picture("Image/Image", student_code.default_visfunction(x), i)
-    conclude(
-        args,
-        plain=("Each image by itself:", plain.read()[1]),
-        mirrored=("Averaged with its mirror image:", mirrored.read()[1]),
-    )
-
-
-def attack(args: Namespace, model: nn.Module, batches, place: Place) -> None:
-    """-a: accuracy before and after the default attack, on the same images."""
-    attacker = student_code.default_attack(nn.CrossEntropyLoss())
-    clean, adversarial, clock = Tally(place.device), Tally(place.device), Clock()
-    with pictures_of(args) as book, Console(len(batches), args.print_freq) as console:
-        passes = engine.attack(model, batches, attacker, place, clean, adversarial, clock)
-        for i, (x, x_adv) in enumerate(passes):
-            if console.step(i):
-                console.test_line(i, clock, *adversarial.read())
-                if book:
-                    show_attack(book, x, x_adv, i)
-    conclude(
-        args,
-        clean=("Clean images:", clean.read()[1]),
-        attacked=(f"Attacked images{budget_of(attacker)}:", adversarial.read()[1]),
-    )
-
-
-def conclude(args: Namespace, **findings: tuple[str, Scores]) -> None:
-    """Print each finding, the one that counts last, and keep them all beside the run."""
-    row = {"checkpoint": os.path.basename(args.resume)}
-    for name, (title, scores) in findings.items():
-        print(title, final_line(scores), sep="\n")
-        row |= {f"{name}_top1": scores.acc1, f"{name}_top5": scores.acc5}
-    if folder := logbook.run_of(args.resume):
-        logbook.add_evaluation(folder, **row)
-
-
-def budget_of(attacker: object) -> str:
-    """The attack's ε in both units, if it tells its own."""
-    epsilon = getattr(attacker, "epsilon", None)
-    if epsilon is None:
-        return ""
-    levels = ", ".join(f"{255 * epsilon * s:.2f}" for s in IMAGENET_STD)
-    return f", ε = {epsilon:g} normalised = ({levels})/255 in R, G, B"
-
-
-def show_attack(book: Logbook, x: Tensor, x_adv: Tensor, step: int) -> None:
-    """Pictures before and after, and their difference amplified around mid-grey."""
-    mean, std = (x.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    difference = 0.5 + DIFFERENCE_FACTOR * (x_adv - x) * std  # in pixels of [0, 1]
-    pictures = {
-        "Image/Org_Image": x,
-        "Image/Adv_Image": x_adv,
-        f"Image/Difference_x{DIFFERENCE_FACTOR}": (difference.clamp(0, 1) - mean) / std,
-    }
-    for tag, batch in pictures.items():
-        book.picture(tag, student_code.default_visfunction(batch), step)
 
 
 def find_checkpoint(args: Namespace) -> str:
@@ -203,9 +121,7 @@ def run(args: Namespace) -> int:
     }
     leave_out_bad_images(args, content, list(sets.values()))
     if only_look:
-        batches = validation_batches(sets["val"], args.workers, place.device.type == "cuda")
-        (evaluate if args.evaluate else attack)(args, model, batches, place)
-        return 0
+        return Evaluation(args, model, sets["val"], place).run()
     return Trainer(args, kind, model, content, sets["train"], sets["val"], place).train()
 
 

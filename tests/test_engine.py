@@ -147,8 +147,8 @@ def test_mirrored_accuracy_is_of_the_averaged_logits():
     model.eval()
     expected_plain, expected_mirrored = Tally(CPU.device), Tally(CPU.device)
     with torch.no_grad():
-        for (x, y), shown in zip(batches, seen, strict=True):
-            assert torch.equal(x, shown)
+        for (x, y), (shown, label) in zip(batches, seen, strict=True):
+            assert torch.equal(x, shown) and torch.equal(y, label)
             a, b = model(x), model(torch.flip(x, dims=[-1]))
             expected_plain.add(a, y)
             expected_mirrored.add(a + b, y)
@@ -165,7 +165,7 @@ def test_looking_changes_nothing(job):
     else:
         attack = PGD(epsilon=0.1, steps=2, pixels=PIXELS)
         tallies = Tally(CPU.device), Tally(CPU.device)
-        passes = engine.attack(model, batches, attack, CPU, *tallies, Clock())
+        passes = engine.attack(model, batches, attack.perturb, CPU, *tallies, Clock())
     assert len(list(passes)) == 2
     assert same_weights(model, before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -174,17 +174,16 @@ def test_looking_changes_nothing(job):
 def test_attack_counts_the_same_images_before_and_after():
     model, batches = make_network(3), make_batches(3)
 
-    class ToBlack:
-        def perturb(self, model, x):
-            return x.fill_(-2.0)  # also spoils its input, as a student's attack may
+    def to_black(model, x, y):
+        return x.fill_(-2.0)  # also spoils its input, as a student's attack may
 
     clean, adversarial = Tally(CPU.device), Tally(CPU.device)
-    pairs = list(engine.attack(model, batches, ToBlack(), CPU, clean, adversarial, Clock()))
+    pairs = list(engine.attack(model, batches, to_black, CPU, clean, adversarial, Clock()))
     expected = Tally(CPU.device)
     list(engine.evaluate(model, batches, CPU, expected, Clock()))
     assert clean.read()[1] == expected.read()[1]
-    for (x, _), (shown, x_adv) in zip(batches, pairs, strict=True):
-        assert torch.equal(x, shown) and (x_adv == -2).all()
+    for (x, y), (shown, x_adv, label) in zip(batches, pairs, strict=True):
+        assert torch.equal(x, shown) and (x_adv == -2).all() and torch.equal(y, label)
     black = model(torch.full((1, 3, 9, 9), -2.0)).argmax().item()
     hits = sum((y == black).sum().item() for _, y in batches)
     assert adversarial.read()[1].acc1 == pytest.approx(100 * hits / 18)
