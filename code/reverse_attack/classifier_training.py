@@ -51,7 +51,7 @@ def train_classifier(args: Namespace) -> None:
     folder = new_run(classifier.kind(args.task, args.dataset, args.arch))
     print(f"Run: {os.path.relpath(folder)}")
     best = float("-inf")
-    write_config(folder, args)
+    write_config(folder, args, place.device)
     with Logbook(folder) as book:
         for epoch in range(args.epochs):
             batches.epoch = epoch

@@ -141,7 +141,7 @@ def train_head(args: Namespace) -> None:
     folder = new_run(classifier.kind("SSL", args.dataset, trained.arch))
     print(f"Run: {os.path.relpath(folder)}")
     best = float("inf")
-    write_config(folder, args)
+    write_config(folder, args, device)
     with Logbook(folder) as book:
         passes = fit(
             features,

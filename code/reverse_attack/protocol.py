@@ -57,10 +57,13 @@ class Cost:
     passes: float = 0.0
     seconds: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.passes + other.passes, self.seconds + other.seconds)
+
 
 @dataclass
 class Result:
-    """Of attacked images: which the classifier gets right `(n,)`, as it is and behind a reversal."""
+    """Which attacked images are classified right `(n,)`: as they are, and after their repair."""
 
     static: Tensor
     defended: Tensor
@@ -109,17 +112,17 @@ class Evaluation:
         """The plain table, the controls, the adaptive table; a line as each result is there."""
         full, short = self.reversal(self.size.reversal), self.reversal(self.size.short)
         examples = {"clean": (self.x, Cost())} | dict(self.static_examples())
-        plain = {row: {"transfer": self.judge(*made, full)} for row, made in examples.items()}
+        plain = {row: {"transfer": self.judge(made, full)} for row, made in examples.items()}
         tell("transfer", plain)
         controls = self.controls(examples["PGD-CE"])
         tell("controls", controls)
         few = self.size.n_adaptive
         adaptive: Table = {
-            row: {"transfer": self.judge(x[:few], cost, short)}
+            row: {"transfer": self.judge((x[:few], cost), short)}
             for row, (x, cost) in examples.items()
         }
-        for row, column, (x, cost) in self.adaptive_examples(short):
-            adaptive[row][column] = self.judge(x, cost, short)
+        for row, column, made in self.adaptive_examples(short):
+            adaptive[row][column] = self.judge(made, short)
             tell(column, {row: adaptive[row]})
         return plain, controls, adaptive
 
@@ -131,12 +134,15 @@ class Evaluation:
         loss = ContrastiveLoss(base.classifier, base.head, base.similarity, n_views, base.bank)
         return Reversal(loss.eval(), "linf", REVERSAL_FACTOR * self.epsilon, steps=steps)
 
-    def judge(self, x: Tensor, attack: Cost, repair: Repair) -> Result:
+    def judge(self, made: Made, repair: Repair) -> Result:
         """The classifier's answers to attacked images, as they are and after `repair`."""
+        x, attack = made
+        return self.compare(x, attack, lambda part, seed: repair(x[part], seed))
+
+    def compare(self, x: Tensor, attack: Cost, repaired: Callable[[slice, int], Tensor]) -> Result:
         with cost_of(self.model, len(x)) as cost:
-            repaired = self.in_batches(lambda part, seed: repair(x[part], seed), len(x))
-        static, defended = (self.is_right(pixels) for pixels in (x, repaired))
-        return Result(static, defended, attack, cost)
+            after = self.in_batches(repaired, len(x))
+        return Result(self.is_right(x), self.is_right(after), attack, cost)
 
     @torch.no_grad()
     def is_right(self, x: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class Evaluation:
         parts = [(slice(i, min(i + self.batchsize, n)), self.seed + i) for i in starts]
         return torch.cat([function(part, seed) for part, seed in parts])
 
-    def controls(self, attacked: tuple[Tensor, Cost]) -> Table:
+    def controls(self, attacked: Made) -> Table:
         """Other changes of the same radius to images that PGD attacked; and to clean ones."""
         radius = REVERSAL_FACTOR * self.epsilon
         untrained = self.reversal(self.size.reversal, self.untrained)
@@ -164,20 +170,18 @@ class Evaluation:
             loss=lambda logits, y, t: -cross_entropy(logits, y, t),
             pixels=pixels_of("linf"),
         )
-        told = self.in_batches(
-            lambda part, _: labels.perturb(self.model, attacked[0][part], self.y[part]),
-            len(attacked[0]),
-        )
-        return {
-            "noise, clean images": {"control": self.judge(self.x, Cost(), noisy)},
-            "noise": {"control": self.judge(*attacked, noisy)},
-            "untrained head": {"control": self.judge(*attacked, untrained)},
-            "true label (ceiling)": {
-                "control": replace(
-                    self.judge(*attacked, lambda x, seed: x), defended=self.is_right(told)
-                )
-            },
+        x, cost = attacked
+
+        def told(part: slice, seed: int) -> Tensor:
+            return labels.perturb(self.model, x[part], self.y[part])
+
+        results = {
+            "noise, clean images": self.judge((self.x, Cost()), noisy),
+            "noise": self.judge(attacked, noisy),
+            "untrained head": self.judge(attacked, untrained),
+            "true label (ceiling)": self.compare(x, cost, told),
         }
+        return {row: {"control": result} for row, result in results.items()}
 
     # ---- attacks
 
@@ -240,12 +244,3 @@ def tell(column: str, table: Table) -> None:
             f"n = {len(result.static)}; {result.attack.seconds + result.defence.seconds:.2f} s",
             flush=True,
         )
-
-
-def worst(table: Table, answers: str) -> Tensor:
-    """For each image, whether every one of the table's results has it right `(n,)`.
-
-    answers: "static" or "defended".
-    """
-    rights = [getattr(result, answers) for row in table.values() for result in row.values()]
-    return torch.stack(rights).all(0)
