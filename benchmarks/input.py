@@ -106,6 +106,14 @@ COURSE = {
 }
 
 
+class CourseImages(MiniPlacesLoader):
+    """Reads as the course does: decode to BGR, copy to RGB."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = cv2.imread(f"{self.image_folder}/{self.paths[index]}")
+        return self.transforms(np.ascontiguousarray(image[:, :, ::-1])), self.labels[index]
+
+
 class StepByStep(Compose):
     """The transforms one after the other, never fused."""
 
@@ -123,16 +131,16 @@ class StepByStep(Compose):
 def loaders(data: Path, split: str, images: int) -> dict[str, DataLoader]:
     """The ways to compare, over the same images; the first is the one the others are held to."""
 
-    def subset(transforms: Compose) -> Subset:
-        whole = MiniPlacesLoader(data, num_classes=10_000, split=split, transforms=transforms)
+    def subset(transforms: Compose, kind: type = MiniPlacesLoader) -> Subset:
+        whole = kind(data, num_classes=10_000, split=split, transforms=transforms)
         step = max(1, len(whole) // images)  # all over the list: every category
         return Subset(whole, range(0, step * min(images, len(whole)), step))
 
-    def plain(transforms: Compose) -> DataLoader:
-        return DataLoader(subset(transforms), BATCH, shuffle=True, drop_last=True)
+    def plain(*way: object) -> DataLoader:
+        return DataLoader(subset(*way), BATCH, shuffle=True, drop_last=True)
 
     return {
-        "course's way": plain(StepByStep(COURSE[split])),
+        "course's way": plain(StepByStep(COURSE[split]), CourseImages),
         "ours, step by step": plain(StepByStep(OURS[split])),
         "ours, fused": plain(Compose(OURS[split])),
         "ours, fused, reproducible": training_batches(subset(Compose(OURS[split])), BATCH, 2024, 0),

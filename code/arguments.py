@@ -118,6 +118,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sweep", action="store_true", help="accuracy over eps x steps, to TensorBoard as well")
 
     add = parser.add_argument_group("data").add_argument
+    add(
+        "--cache",
+        choices=("none", "ram", "disk", "device"),
+        default="none",
+        help="where decoded images are kept; device = the GPU",
+    )
     add("--check-data", action="store_true", help="read every file, tell what is wrong, end")
     add("--skip-bad-images", action="store_true", help="do without those that cannot be read")
     return parser

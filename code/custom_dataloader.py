@@ -10,8 +10,10 @@ drawn (`EpochBatches`), and each sample seeds the random numbers of its own augm
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -83,8 +85,12 @@ class MiniPlacesLoader(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read(self, index: int) -> np.ndarray:
+        """One image, RGB uint8 (H, W, 3)."""
+        return load_image(self.image_folder / self.paths[index])
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor | np.ndarray, int]:
-        image = load_image(self.image_folder / self.paths[index])
+        image = self.read(index)
         if self.transforms is not None:
             image = self.transforms(image)
         return image, self.labels[index]
@@ -254,7 +260,10 @@ class Reproducible(Dataset):
 
 
 class Batches(DataLoader):
-    """A DataLoader over `Reproducible`: raises a worker's UserError as it was."""
+    """A DataLoader over `Reproducible`: raises a worker's UserError as it was.
+
+    A data set's `develop`, where it has one, makes the images of what the workers deliver.
+    """
 
     def __init__(self, dataset: Dataset, batch_sampler, seed: int, workers: int, **options) -> None:
         super().__init__(
@@ -263,25 +272,35 @@ class Batches(DataLoader):
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=obey_the_trainer,
             # DataLoader draws a seed for each pass; from here, not from the trainer's numbers
             generator=torch.Generator(),
             **options,
         )
+        self.develop = getattr(dataset, "develop", lambda images: images)
 
     def __iter__(self) -> Iterator:
         try:
             for batch in super().__iter__():
                 if isinstance(batch, UserError):
                     raise batch
-                yield batch
+                yield self.develop(batch[0]), *batch[1:]
         except (ConnectionError, EOFError):  # a worker died while it handed over a batch
             raise UserError(DEAD_WORKER.format(NO_MEMORY)) from None
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; it is the trainer that decides what to do."""
+def obey_the_trainer(worker: int) -> None:
+    """Ctrl-C and SIGTERM may reach every process of a group; the trainer decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 DEAD_WORKER = "a process that loads images died ({}): use fewer of them, -j 1 or -j 0"

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from custom_dataloader import MAX_CLASSES, MiniPlacesLoader, ignore_interrupt
+from custom_dataloader import MAX_CLASSES, MiniPlacesLoader, obey_the_trainer
 from utils import UserError, load_image
 
 SHOWN = 20  # problems told one by one
@@ -79,7 +79,7 @@ def inspected(dataset: MiniPlacesLoader, workers: int) -> Iterator[tuple[str, st
         batch_size=32,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=obey_the_trainer,
     )
     hidden = not sys.stderr.isatty()
     with tqdm(total=len(dataset), desc=dataset.split, leave=False, disable=hidden) as bar:

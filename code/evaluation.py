@@ -138,7 +138,7 @@ class Evaluation:
         for light in robustness.health_lights(self.model, x, y, attack):
             print(light.line(), flush=True)
             lights.append(asdict(light))
-        found = {"attack": robustness.describe(attack), "lights": lights}
+        found = {"attack": robustness.describe(attack), "probed": len(y), "lights": lights}
         return found | ({"sweep": self._sweep(x, y, attack)} if self.args.sweep else {})
 
     def _sweep(self, x: Tensor, y: Tensor, attack: PGD) -> list[dict]:

@@ -20,6 +20,7 @@ from torch import nn
 import arguments
 import checkpoint
 import data_audit
+import image_cache
 import logbook
 import networks
 import student_code
@@ -120,6 +121,8 @@ def run(args: Namespace) -> int:
         for split, transform in transforms.items()
     }
     leave_out_bad_images(args, content, list(sets.values()))
+    for dataset in sets.values():
+        image_cache.keep(dataset, args.cache, args.workers, place.device)
     if only_look:
         return Evaluation(args, model, sets["val"], place).run()
     return Trainer(args, kind, model, content, sets["train"], sets["val"], place).train()

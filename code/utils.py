@@ -17,6 +17,9 @@ os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
 import cv2  # noqa: E402
 
+READS_RGB = hasattr(cv2, "IMREAD_COLOR_RGB")  # from OpenCV 4.11 on
+READ_COLOR = cv2.IMREAD_COLOR_RGB if READS_RGB else cv2.IMREAD_COLOR
+
 
 class UserError(Exception):
     """A mistake the user can mend; its message is the one line they are shown."""
@@ -34,9 +37,10 @@ def load_image(path: str | Path) -> np.ndarray:
     try:
         # imdecode rather than imread: imread cannot open non-ASCII paths on Windows, and fills up
         # a JPEG that was cut off
-        data = Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
         whole = not _is_cut_off(data)
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if whole else None
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), READ_COLOR) if whole else None
     except OSError as e:
         raise UserError(f"cannot read the image {path}: {e.strerror or e}") from None
     except cv2.error as e:
@@ -48,7 +52,7 @@ def load_image(path: str | Path) -> np.ndarray:
     height, width = image.shape[:2]
     if max(height, width) > MAX_RATIO * min(height, width):
         raise UserError(f"cannot read the image {path}: {width}×{height} pixels are a strip")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return image if READS_RGB else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def _is_cut_off(data: bytes) -> bool:

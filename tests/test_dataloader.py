@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -371,13 +372,38 @@ def broken(img):
     return 1 / 0
 
 
-def test_a_worker_ignores_ctrl_c(root):
-    """The terminal sends it to every process; the batch in work must still arrive."""
+def test_a_worker_leaves_signals_to_the_trainer(root):
+    """A terminal or a cluster sends them to every process; the batch in work must still arrive."""
     data = MiniPlacesLoader(root, transforms=interrupted)
     images, _ = collect(training_batches(data, 4, 1, workers=1))
     assert len(images) == 24
 
 
 def interrupted(img):
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
     return torch.zeros(1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs Linux")
+@pytest.mark.parametrize(("last_words", "seconds"), [("kill", 12), ("exit", 4)])
+def test_workers_end_with_their_trainer(root, last_words, seconds):
+    """Killed, they notice within torch's 5 seconds; left at its end, they are told at once."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    fork = multiprocessing.get_context("fork")
+    trainer = fork.Process(target=die_amid_an_epoch, args=(root, theirs, last_words))
+    trainer.start()
+    theirs.close()
+    assert ours.recv() == 2
+    trainer.join()
+    assert ours.poll(seconds)
+    with pytest.raises(EOFError):  # the last process that held the other end is gone
+        ours.recv()
+
+
+def die_amid_an_epoch(root, pipe, last_words):
+    batches = training_batches(MiniPlacesLoader(root, transforms=VAL), 4, 1, workers=2)
+    next(iter(batches))
+    pipe.send(len(multiprocessing.active_children()))
+    if last_words == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -37,8 +37,8 @@ SERVER = multiprocessing.get_context("forkserver")
 COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", "--save-every=1"]
 VARIANTS = {
     "no worker": ["-j=0"],
-    "2 workers": ["-j=2"],
-    "adversarial": ["-j=1", "--at=free", "--best-by=robust"],
+    "2 workers": ["-j=2", "--cache=device"],
+    "adversarial": ["-j=1", "--at=free", "--best-by=robust", "--cache=ram"],
     "vit": ["-j=0", "--use-vit"],
 }
 
@@ -200,7 +200,7 @@ def test_an_epoch_under_way_starts_over_in_another_order(sample_root, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
-    runs = Runs(sample_root, tmp_path, ["-j=2"])
+    runs = Runs(sample_root, tmp_path, VARIANTS["2 workers"])
     twice = ("engine", "evaluate", 1, signal.SIGINT, signal.SIGINT)
     assert runs.run(kill=twice) == 130, runs.text()
     assert runs.text().endswith("Stopped at once; what was saved is whole.\n")

@@ -1,0 +1,241 @@
+"""Decoded images kept in RAM, on disk, on the device: the same pictures, never stale ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import image_cache
+from custom_dataloader import MiniPlacesLoader, training_batches, validation_batches
+from custom_transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Compose,
+    Denormalize,
+    Scale,
+    ToTensor,
+)
+from student_code import get_train_transforms, get_val_transforms
+from utils import UserError, save_image
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(sample_root, tmp_path):
+    return shutil.copytree(sample_root, tmp_path / "data")
+
+
+def kept(root, place, split="train", transforms=None, workers=0):
+    dataset = MiniPlacesLoader(root, split=split, transforms=transforms)
+    image_cache.keep(dataset, place, workers, CPU)
+    return dataset
+
+
+def epoch_of(dataset, workers, epoch=3):
+    loader = training_batches(dataset, 16, 2024, workers)
+    loader.batch_sampler.set_position(epoch)
+    images, labels = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def files(root):
+    return sorted(path.name for path in root.glob("train.decoded*"))
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+def test_samples_are_those_of_no_cache(root, place):
+    plain = epoch_of(kept(root, "none", transforms=get_train_transforms()), 0)
+    cached = kept(root, place, transforms=get_train_transforms(), workers=1)
+    for workers in (0, 2):
+        images, labels = epoch_of(cached, workers)
+        assert torch.equal(images, plain[0]) and torch.equal(labels, plain[1])
+
+
+@pytest.mark.parametrize("place", ["ram", "disk"])
+def test_a_transform_may_write_into_its_image(root, place):
+    dataset = kept(root, place)
+    before = dataset[3][0].copy()
+    dataset[3][0].fill(0)
+    assert np.array_equal(dataset[3][0], before)
+
+
+def test_a_file_travels_to_workers_by_name(root):
+    read = kept(root, "disk").read
+    assert len(pickle.dumps(read)) < 1000
+    assert np.array_equal(pickle.loads(pickle.dumps(read))(5), read(5))
+
+
+# --- the file on disk -------------------------------------------------------------------------
+
+
+def test_the_file_is_used_again(root):
+    kept(root, "disk")
+    [path] = root.glob("train.decoded-*")
+    made = path.stat().st_mtime_ns
+    image = np.fromfile(path, np.uint8)
+    image[:] = 7  # tells that pixels come from the file
+    image.tofile(path)
+    os.utime(path, ns=(made, made))
+    assert (kept(root, "disk")[0][0] == 7).all()
+    assert path.stat().st_mtime_ns == made
+
+
+def black(root, name):
+    save_image(root / "images" / name, np.zeros((128, 128, 3), np.uint8))
+
+
+def touch(root, name):
+    os.utime(root / "images" / name, ns=(1, 1))
+
+
+def drop_from_list(root, name):
+    lines = (root / "train.txt").read_text().splitlines(keepends=True)
+    (root / "train.txt").write_text("".join(line for line in lines if name not in line))
+
+
+def cut_the_cache(root, name):
+    [path] = root.glob("train.decoded-*")
+    os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize("change", [black, touch, drop_from_list, cut_the_cache])
+def test_a_stale_file_is_made_anew(root, change):
+    old = kept(root, "disk")
+    first = files(root)
+    change(root, old.paths[4])
+    new = kept(root, "disk")
+    assert len(files(root)) == 2  # one file and its lock
+    assert (files(root) == first) == (change is cut_the_cache)
+    plain = kept(root, "none")
+    assert new.paths == plain.paths
+    assert all(np.array_equal(new[i][0], plain[i][0]) for i in range(len(plain)))
+
+
+def test_two_runs_that_start_together_make_one_file(root):
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    runs = [fork.Process(target=keep_and_tell, args=(root, theirs)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    told = [ours.recv(), ours.recv()]
+    for run in runs:
+        run.join()
+    assert sorted(built for built, _ in told) == [False, True]
+    assert told[0][1] == told[1][1] == kept(root, "none")[9][0].tobytes()
+    assert len(files(root)) == 2
+
+
+def keep_and_tell(root, pipe):
+    built, build = [], image_cache.build
+
+    def slowly(*arguments):
+        built.append(True)
+        time.sleep(0.5)
+        build(*arguments)
+
+    image_cache.build = slowly
+    image = kept(root, "disk")[9][0]
+    pipe.send((bool(built), image.tobytes()))
+
+
+def test_what_a_killed_build_left_goes_away(root):
+    (root / "train.decoded-0123.456.part").write_bytes(b"half")
+    kept(root, "disk")
+    assert not any(name.endswith(".part") for name in files(root))
+
+
+def test_a_bad_image_leaves_no_file(root):
+    dataset = MiniPlacesLoader(root)
+    (root / "images" / dataset.paths[20]).write_bytes(b"<html>")
+    for place in ("ram", "disk", "device"):
+        dataset = MiniPlacesLoader(root, transforms=get_val_transforms())
+        with pytest.raises(UserError, match=f"cannot read the image .*{dataset.paths[20]}: it is"):
+            image_cache.keep(dataset, place, 1, CPU)
+    assert files(root) == ["train.decoded.lock"]
+
+
+def test_images_of_several_sizes_are_refused_by_name(root):
+    name = MiniPlacesLoader(root).paths[7]
+    save_image(root / "images" / name, np.zeros((60, 90, 3), np.uint8))
+    with pytest.raises(UserError) as error:
+        kept(root, "disk", workers=1)
+    assert str(error.value) == (
+        f"--cache needs images of one size: {name} has 90×60 pixels and the first has 128×128; "
+        "leave --cache out"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(root):
+    (root / "train.decoded.lock").mkdir()
+    with pytest.raises(UserError, match="--cache=disk: cannot write .*: Is a directory; --cache=r"):
+        kept(root, "disk")
+
+
+def test_what_does_not_fit_is_refused(root):
+    free = image_cache.free_memory()
+    with pytest.raises(UserError, match=r"take \d+\.\d\d GB and ram has \d+\.\d\d GB free"):
+        image_cache.tell(MiniPlacesLoader(root), "ram", free + 1, free)
+
+
+# --- the device -------------------------------------------------------------------------------
+
+
+def grey_levels(images):
+    """Normalised images back in 0..255."""
+    return 255 * Denormalize(IMAGENET_MEAN, IMAGENET_STD)(images)
+
+
+def test_the_device_draws_the_same_pictures(root):
+    """Same crop, angle, flip and gains for each (seed, epoch, index); bilinear up to rounding."""
+    plain, labels = epoch_of(kept(root, "none", transforms=get_train_transforms()), 0)
+    dataset = kept(root, "device", transforms=get_train_transforms())
+    for workers in (0, 1):
+        images, same_labels = epoch_of(dataset, workers)
+        apart = (grey_levels(images) - grey_levels(plain)).abs()
+        assert torch.equal(labels, same_labels)
+        assert apart.mean() < 0.3 and (apart > 2.01).float().mean() < 1e-3
+
+
+def test_the_devices_validation_is_within_one_grey_level(root):
+    transforms = get_val_transforms()
+    images = [
+        torch.cat([x for x, _ in validation_batches(dataset, 0)])
+        for dataset in (
+            kept(root, "none", "val", transforms),
+            kept(root, "device", "val", transforms),
+        )
+    ]
+    apart = (grey_levels(images[0]) - grey_levels(images[1])).abs()
+    assert apart.max() < 1.01 and apart.mean() < 0.2
+
+
+def test_the_device_spoils_nothing_and_repeats_itself(root):
+    dataset = kept(root, "device", transforms=get_train_transforms())
+    random.seed(1)
+    first = epoch_of(dataset, 0)[0]
+    assert torch.equal(first, epoch_of(dataset, 0)[0])
+    assert not torch.equal(first, epoch_of(dataset, 0, epoch=4)[0])
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        (Compose([Scale(144), ToTensor()]), "knows the course's transforms alone"),
+        (None, "knows the course's transforms alone"),
+        (get_val_transforms(), "scales by little"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(root, transforms, message):
+    if "little" in message:
+        transforms.transforms[0] = Scale(40)
+    with pytest.raises(UserError, match=f"--cache=device {message}.*use --cache=ram"):
+        kept(root, "device", transforms=transforms)
