@@ -53,13 +53,13 @@ def theirs(model: nn.Module, steps: int, targeted: bool) -> Callable | None:
     return lambda x, y: (attack((x * STD + MEAN).clamp(0, 1), y) - MEAN) / STD
 
 
-@torch.no_grad()
 def hits(model: nn.Module, perturb: Callable, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Per cent that keep their label, and per cent that reach the clean image's least likely."""
     kept = reached = 0
     for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        target = model(images).argmin(1)
-        label = model(perturb(images, labels)).argmax(1)
+        x_adv = perturb(images, labels)
+        with torch.no_grad():
+            target, label = model(images).argmin(1), model(x_adv).argmax(1)
         kept, reached = kept + (label == labels).sum(), reached + (label == target).sum()
     return 100 * kept.item() / len(y), 100 * reached.item() / len(y)
 
