@@ -122,6 +122,8 @@ def test_the_pages_numbers_are_those_of_the_records(made, our_run):
     size = f"{sum(p.numel() for p in network(0).parameters()):,}"
     assert cells(page, "parameters") == [size, size]
     assert cells(page, "lr") == ["0.05"]
+    (run,) = records.read_runs([our_run])
+    assert run.val_top1 == [(row["epoch"], row["val_top1_accuracy"]) for row in rows]  # all digits
 
 
 def test_a_course_folder_reads_as_it_was_written(course_run):
@@ -336,6 +338,13 @@ def test_without_data_the_rest_is_made_and_one_line_says_so(our_run, tmp_path, c
     assert "gone" in page and "Confusion" not in page and "Learning curves" in page
     names = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
     assert names == ["curves.png", "sweep_torch_conv.png"]
+
+
+def test_images_that_the_run_left_out_stay_out(our_run, sample_root):
+    (run,) = records.read_runs([our_run])
+    everything = MiniPlacesLoader(sample_root, None, 10, "val")
+    run.config["left_out"] = everything.paths[:3]
+    assert len(sections.study(run, sample_root, 0).answers.labels) == len(everything) - 3
 
 
 def test_other_data_than_the_networks_is_one_line(our_run, sample_root, tmp_path):

@@ -148,6 +148,11 @@ ATTACK = [
     ("stays within", "return output.detach()\n\n\ndefault_attack",
      "return input\n\n\ndefault_attack", "is the perturbed tensor returned"),
     ("steps", ".grad.sign()", ".grad", "sign is not taken"),
+    ("steps", "self.step_size * output", "self.eps * output", "the size of epsilon"),
+    ("steps", "self.step_size * output", "self.step_size / STD * output", "divided by std"),
+    ("stays within", "self.loss_fn, self.num_steps = loss_fn, num_steps",
+     "self.loss_fn, self.num_steps = loss_fn, num_steps; step_size = step_size / STD; "
+     "epsilon = epsilon / STD", "divided by std"),
     ("stronger", ".grad.sign()", ".grad", "sign is not taken"),
     ("steps", PROJECTED, f"{PROJECTED}; break", "only one step"),
     ("network and images", PROJECTED, f"{PROJECTED}; input.copy_(output)", "clone them first"),
@@ -163,7 +168,9 @@ ATTACK = [
 
 @pytest.mark.parametrize(("name", "old", "new", "hint"), CONV + ATTENTION + BLOCKS + VIT + ATTACK)
 def test_a_wrong_answer_is_caught_with_the_right_hint(name, old, new, hint):
-    caught(grade(module(STUDENTS, (old, new)), name), hint)
+    code = module(STUDENTS, (old, new))
+    code.STD = attack.STD
+    caught(grade(code, name), hint)
 
 
 OUR_WRONG = [
