@@ -1,6 +1,7 @@
 """The report: what it reads against what was written, what it computes against brute force."""
 
 import base64
+import html
 import json
 import math
 import re
@@ -310,6 +311,20 @@ def test_the_page_needs_no_other_file_and_has_every_figure(made):
     assert set(references.pictures) == files and len(files) == 11
     targets = set(re.findall(r'href="#(.*?)"', page))
     assert targets and targets == set(re.findall(r'id="(.*?)"', page))
+
+
+def test_the_markdown_says_what_the_page_says(made):
+    out, page = made
+    markdown = (out / "report.md").read_text(encoding="utf-8")
+    tables = [line for line in markdown.splitlines() if line.startswith("| ")]
+    rows = [[re.sub(r"\\(.)", r"\1", cell) for cell in line[2:-2].split(" | ")] for line in tables]
+    shown = [
+        re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>.*?</tr>", page)
+    ]
+    rows = [row for row in rows if row[-1] != "---:"]
+    assert rows == [[html.unescape(cell) for cell in row] for row in shown]
+    linked = set(re.findall(r"^!\[.*\]\((.*)\)$", markdown, re.M))
+    assert linked == {file.name for file in out.glob("*.png")}
 
 
 def test_the_pdf_has_every_figure(made):

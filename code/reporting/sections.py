@@ -63,6 +63,10 @@ def number(value: float | None, unit: str = "", digits: int = 0, scale: float = 
     return NOT_TOLD if value is None else f"{value / scale:,.{digits}f}{unit}"
 
 
+def as_told(value: object) -> str:
+    return NOT_TOLD if value is None else str(value)
+
+
 def of_network(run: Run, count: Callable[[nn.Module], int]) -> int | None:
     try:
         return count(run.network)
@@ -105,8 +109,8 @@ def settings(runs: Sequence[Run]) -> list[Table]:
     told = [run for run in runs if run.config]
     if not told:
         return []
-    rows = [[name, *(str(run.argument(name)) for run in told)] for name in SETTINGS]
-    rows += [[name, *(str(run.config.get(name, NOT_TOLD)) for run in told)] for name in ORIGIN]
+    rows = [[name, *map(as_told, (run.argument(name) for run in told))] for name in SETTINGS]
+    rows += [[name, *map(as_told, (run.config.get(name) for run in told))] for name in ORIGIN]
     return [Table(["settings", *(run.label for run in told)], rows)]
 
 
