@@ -355,6 +355,14 @@ def test_without_data_the_rest_is_made_and_one_line_says_so(our_run, tmp_path, c
     assert names == ["curves.png", "sweep_torch_conv.png"]
 
 
+def test_a_network_that_recognises_nothing_has_no_strips(our_run, sample_root, tmp_path):
+    (run,) = records.read_runs([our_run])
+    study = sections.study(run, sample_root, 0)
+    study.answers.predictions = (study.answers.labels + 1) % 10
+    section = sections.explanations(study, sections.Album(tmp_path))
+    assert section.blocks[0].text == "No image was recognised." and not list(tmp_path.iterdir())
+
+
 def test_images_that_the_run_left_out_stay_out(our_run, sample_root):
     (run,) = records.read_runs([our_run])
     everything = MiniPlacesLoader(sample_root, None, 10, "val")
