@@ -307,7 +307,10 @@ def load_watchdog(watchdog: Watchdog, model: nn.Module, content: dict) -> None:
         return
     try:
         known = float(saved["best"]), int(saved["epoch"]), dict(saved["weights"])
-        if not math.isfinite(known[0]) or known[2] and misfits(model, known[2]):
+        began = known[0] > 0 or known[2]
+        if began and (misfits(model, known[2]) or not_finite({"state_dict": known[2]})):
+            raise ValueError
+        if not math.isfinite(known[0]):
             raise ValueError
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, OverflowError):
         raise UserError("the checkpoint's watchdog makes no sense") from None

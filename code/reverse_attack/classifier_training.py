@@ -20,7 +20,7 @@ from classifier import Classifier
 from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
 from logbook import Console, Logbook, new_run
-from options import choose_device
+from options import choose_device, write_config
 
 LEVELS = Pixels("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 ATTACKS = {
@@ -51,8 +51,8 @@ def train_classifier(args: Namespace) -> None:
     folder = new_run(classifier.kind(args.task, args.dataset, args.arch))
     print(f"Run: {os.path.relpath(folder)}")
     best = float("-inf")
+    write_config(folder, args, place.device)
     with Logbook(folder) as book:
-        book.config({k: str(v) for k, v in vars(args).items()})
         for epoch in range(args.epochs):
             batches.epoch = epoch
             scores = one_epoch(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import re
+import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
+import logbook
 import resnets
 from arguments import OneLineParser, at_least
+from checkpoint import write_atomically
 from data import DATASETS, download_cifar10
 from utils import UserError
 
@@ -60,6 +66,32 @@ def choose_device(name: str) -> torch.device:
     if not there[device.type]:
         raise UserError(f"--device {name}: PyTorch finds no such device here")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}), threads: {torch.get_num_threads()}"
+
+
+def provenance(args: Namespace, device: torch.device) -> dict:
+    """How a result came about; paths of this machine are left out."""
+    kept = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | None)}
+    script = Path(sys.argv[0]).name
+    return {
+        "command": shlex.join(["python", f"reverse_attack/{script}", *sys.argv[1:]]),
+        "arguments": kept,
+        "commit": logbook.commit(),
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def write_config(folder: Path, args: Namespace, device: torch.device) -> None:
+    """Beside a run's checkpoints: how it was started."""
+    content = json.dumps(provenance(args, device), indent=2)
+    write_atomically(folder / "config.json", content.encode())
 
 
 def run(command: Callable[[Namespace], None], args: Namespace) -> int:

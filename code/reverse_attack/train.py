@@ -14,10 +14,13 @@ import _path  # noqa: F401
 import options
 from arguments import at_least
 from classifier_training import ATTACKS, train_classifier
+from contrastive import SIMILARITIES
+from head_training import train_head
 
 DEFAULTS = {  # of a task, where the command line says nothing
     "Clean": {"batchsize": 128, "epochs": 8, "lr": 0.2, "optim": "SGD"},
     "Robust": {"batchsize": 128, "epochs": 8, "lr": 0.2, "optim": "SGD"},
+    "SSL": {"batchsize": 512, "epochs": 60, "lr": 1e-4, "optim": "Adam"},
 }
 
 
@@ -30,7 +33,18 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--optim", choices=("Adam", "SGD"))
     add("--at", choices=ATTACKS, default="fgsm-rs", help="adversarial training of Robust")
     add("--epsilon", type=at_least(float, 0, 255), default=8.0, help="its l_inf budget, in /255")
+    add("--loss", choices=SIMILARITIES, default="Cosine", help="similarity of views, SSL")
+    add("--n_views", type=at_least(int, 2), default=4, help="of each image, SSL")
+    add(
+        "--cached_views",
+        type=at_least(int, 0),
+        default=0,
+        metavar="K",
+        help="make K views of each image once and keep their features; 0 = anew at each step",
+    )
     args = parser.parse_args(argv)
+    if 0 < args.cached_views < args.n_views:
+        parser.error(f"--cached_views {args.cached_views} is fewer than --n_views {args.n_views}")
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -38,7 +52,8 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return options.run(train_classifier, parse(argv))
+    args = parse(argv)
+    return options.run(train_head if args.task == "SSL" else train_classifier, args)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ class PGDAttack:
             self.loss_fn(logits, logits.argmin(1)).backward()
             output = output - self.step_size * output.grad.sign()
             output = torch.max(torch.min(output, input + self.eps), input - self.eps)
+        model.zero_grad()
         return output.detach()
 
 

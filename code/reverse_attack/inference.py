@@ -1,0 +1,141 @@
+"""Accuracy on clean or attacked images, without or with their reversal. From code/:
+
+python reverse_attack/inference.py --norm clean                    # also l_1, l_2, l_inf
+python reverse_attack/inference.py --task SSL --norm l_inf         # reversed first
+python reverse_attack/inference.py --task random --norm l_inf      # noise of the same radius first
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import _path  # noqa: F401
+import attack_sets
+import classifier
+import data
+import head_training
+import logbook
+import options
+from arguments import at_least
+from attack_sets import NORMS
+from classifier import Trained
+from intervals import Paired, percent
+from reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
+
+Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = options.parser("Accuracy on clean or attacked images, reversed or not.", 125)
+    add = parser.add_argument
+    add("--task", choices=("default", "SSL", "random"), default="default")
+    add("--norm", choices=("clean", *NORMS), default="clean")
+    add("--iter", type=at_least(int, 0), help="the attack set made with so many iterations")
+    add("--transfer", action="store_true", help="accept a set made for another checkpoint")
+    add("--head", metavar="FILE", help="instead of the newest head of this classifier")
+    add("--attack_iter", type=at_least(int, 0), default=40, help="steps of the reversal")
+    add("--epsilon", type=at_least(float, 0), help="its budget, unit as for the attack")
+    add("--alpha", type=at_least(float, 0), help="its step, likewise; epsilon / 8")
+    add("--n_views", type=at_least(int, 2), default=4)
+    add("--negatives", choices=("batch", "bank"), default="batch", help="other images or fixed")
+    return parser.parse_args(argv)
+
+
+def make_repair(args: Namespace, trained: Trained, device: torch.device) -> Repair | None:
+    """What happens to the images before the classifier sees them; None = nothing."""
+    norm = "linf" if args.norm == "clean" else NORMS[args.norm]
+    radius = REVERSAL_FACTOR * BUDGETS[norm] if args.epsilon is None else args.epsilon
+    if args.task == "default":
+        return None
+    if args.task == "random":
+        return lambda x, seed: noise(x, norm, radius, seed)
+    path, content = head_training.find_head(args.head, trained, args.dataset)
+    head, bank = head_training.load_head(trained, path, content)
+    print(f"Head: {os.path.relpath(path)}")
+    loss = head_training.contrastive_loss(
+        trained,
+        head,
+        content["loss"],
+        args.n_views,
+        bank if args.negatives == "bank" else None,
+        device,
+    )
+    return Reversal(loss, norm, radius, args.alpha, args.attack_iter)
+
+
+def infer(args: Namespace) -> None:
+    device = options.choose_device(args.device)
+    path = classifier.find(args.weights, args.dataset, args.arch)
+    images = data.test_images(args.dataset, args.data_root, args.seed, args.limit)
+    trained = classifier.load(path, args.arch, len(images.classes), args.bf16)
+    trained.model.to(device)
+    print(f"Classifier: {os.path.relpath(path)}")
+    x, y = data.as_pixels(images.x), images.y
+    if args.norm != "clean":
+        found = attack_sets.load(
+            args.data_root, args.norm, args.iter, trained.sha256, args.transfer
+        )
+        x, y = found.x[: args.limit], found.y[: args.limit]
+    rows = measure(trained.model, x, y, make_repair(args, trained, device), args, device)
+    report(args, trained, rows)
+
+
+def measure(model, x: Tensor, y: Tensor, repair: Repair | None, args, device) -> dict:
+    """By row: which answers are right `(N,)`, the loss of each image `(N,)`, seconds an image."""
+    repairs = {args.norm: None} | ({f"{args.norm} + {args.task}": repair} if repair else {})
+    rows = {}
+    for name, change in repairs.items():
+        start, right, losses = time.perf_counter(), [], []
+        for i in range(0, len(x), args.batchsize):
+            batch, labels = x[i : i + args.batchsize].to(device), y[i : i + args.batchsize]
+            if change is not None:
+                batch = change(batch, args.seed + i)
+            with torch.no_grad():
+                logits = model(batch).cpu()
+            right.append(logits.argmax(1) == labels)
+            losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        seconds = (time.perf_counter() - start) / len(x)
+        rows[name] = (torch.cat(right), torch.cat(losses), seconds)
+    return rows
+
+
+def report(args: Namespace, trained: Trained, rows: dict) -> None:
+    """Print the rows and add them to the evaluations of the classifier's run."""
+    folder = logbook.run_of(trained.path) or logbook.new_run("inference")
+    print(f"{'Perturbation':<18} | Accuracy (%)      | Test loss")
+    for name, (right, losses, seconds) in rows.items():
+        n, hits = len(right), right.sum().item()
+        print(f"{name:<18} | {percent(hits, n):<17} | {losses.mean():.4f}")
+        options_used = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+        logbook.add_evaluation(
+            folder,
+            perturbation=name,
+            accuracy=100 * hits / n,
+            test_loss=losses.mean().item(),
+            n=n,
+            seconds_per_image=seconds,
+            options=options_used,
+        )
+    if len(rows) == 2:
+        (before, _, _), (after, _, seconds) = rows.values()
+        paired = Paired.of(before, after)
+        print(
+            f"Gain {paired.gain:+.1f} points on n = {paired.n}: {paired.fixed} fixed, "
+            f"{paired.broken} broken, McNemar p = {paired.p:.3g}; {seconds:.2f} s an image"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    return options.run(infer, parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

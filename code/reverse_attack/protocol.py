@@ -1,0 +1,246 @@
+"""The evaluation: every attack against the classifier as it is and behind its reversal.
+
+Croce et al., 2022: the same images and seeds everywhere, attacks that know of the defence, and for
+each image the worst of them all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from adaptive import DefenceAware, Defended
+from attacks import APGD, LOSSES, PGD, Attack, cross_entropy
+from classifier import Classifier
+from contrastive import ContrastiveLoss
+from reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
+from square import square_attack
+
+WEIGHTS = (1.0, 10.0)  # lambda of the defence-aware attacks
+BPDA = "BPDA + EOT"
+
+Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a protocol does: images, and steps of every loop."""
+
+    n: int  # images of the static and transfer columns and of the controls
+    n_adaptive: int  # the first of them, in the adaptive columns
+    reversal: tuple[int, int]  # steps and views
+    short: tuple[int, int]  # of the reversal that the adaptive columns attack
+    draws: int  # of EOT
+    pgd: int  # steps
+    apgd: int
+    aware: int
+    bpda: int
+    queries: int  # of Square against the classifier
+    defended_queries: int
+
+
+PROTOCOLS = {
+    "quick": Size(500, 100, (40, 4), (10, 2), 4, 20, 40, 20, 10, 300, 30),
+    "full": Size(1000, 1000, (40, 4), (40, 4), 20, 50, 100, 50, 50, 5000, 500),
+}
+
+
+@dataclass
+class Cost:
+    """Of an image; passes: forward and backward ones of the classifier."""
+
+    passes: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.passes + other.passes, self.seconds + other.seconds)
+
+
+@dataclass
+class Result:
+    """Which attacked images are classified right `(n,)`: as they are, and after their repair."""
+
+    static: Tensor
+    defended: Tensor
+    attack: Cost
+    defence: Cost
+
+
+Made = tuple[Tensor, Cost]  # attacked images and what they cost
+Table = dict[str, dict[str, Result]]  # by row, then by column
+
+
+@contextmanager
+def cost_of(model: Classifier, images: int) -> Iterator[Cost]:
+    """What a block costs for each of its images, known when it has ended."""
+    cost, start = Cost(), time.perf_counter()
+
+    def count(_, inputs, logits: Tensor) -> None:
+        cost.passes += (2 if logits.requires_grad else 1) * len(logits) / images
+
+    hook = model.register_forward_hook(count)
+    try:
+        yield cost
+    finally:
+        hook.remove()
+        cost.seconds = (time.perf_counter() - start) / images
+
+
+@dataclass
+class Evaluation:
+    """Fixed images x `(n, 3, H, W)`, y, a fixed defence, fixed seeds.
+
+    epsilon: the attacks', in /255; the reversal has twice as much.
+    """
+
+    model: Classifier
+    contrastive: ContrastiveLoss
+    untrained: ContrastiveLoss
+    x: Tensor
+    y: Tensor
+    size: Size
+    epsilon: float
+    batchsize: int
+    seed: int
+
+    def run(self) -> tuple[Table, Table, Table]:
+        """The plain table, the controls, the adaptive table; a line as each result is there."""
+        full, short = self.reversal(self.size.reversal), self.reversal(self.size.short)
+        examples = {"clean": (self.x, Cost())} | dict(self.static_examples())
+        plain = {row: {"transfer": self.judge(made, full)} for row, made in examples.items()}
+        tell("transfer", plain)
+        controls = self.controls(examples["PGD-CE"])
+        tell("controls", controls)
+        few = self.size.n_adaptive
+        adaptive: Table = {
+            row: {"transfer": self.judge((x[:few], cost), short)}
+            for row, (x, cost) in examples.items()
+        }
+        for row, column, made in self.adaptive_examples(short):
+            adaptive[row][column] = self.judge(made, short)
+            tell(column, {row: adaptive[row]})
+        return plain, controls, adaptive
+
+    # ---- the defence
+
+    def reversal(self, size: tuple[int, int], loss: ContrastiveLoss | None = None) -> Reversal:
+        steps, n_views = size
+        base = loss or self.contrastive
+        loss = ContrastiveLoss(base.classifier, base.head, base.similarity, n_views, base.bank)
+        return Reversal(loss.eval(), "linf", REVERSAL_FACTOR * self.epsilon, steps=steps)
+
+    def judge(self, made: Made, repair: Repair) -> Result:
+        """The classifier's answers to attacked images, as they are and after `repair`."""
+        x, attack = made
+        return self.compare(x, attack, lambda part, seed: repair(x[part], seed))
+
+    def compare(self, x: Tensor, attack: Cost, repaired: Callable[[slice, int], Tensor]) -> Result:
+        with cost_of(self.model, len(x)) as cost:
+            after = self.in_batches(repaired, len(x))
+        return Result(self.is_right(x), self.is_right(after), attack, cost)
+
+    @torch.no_grad()
+    def is_right(self, x: Tensor) -> Tensor:
+        answers = self.in_batches(lambda part, _: self.model(x[part]).argmax(1), len(x))
+        return answers == self.y[: len(x)]
+
+    def in_batches(self, function: Callable[[slice, int], Tensor], n: int) -> Tensor:
+        """Of the first n images, by `function(slice, seed)`: an image's seed is always the same."""
+        starts = range(0, n, self.batchsize)
+        parts = [(slice(i, min(i + self.batchsize, n)), self.seed + i) for i in starts]
+        return torch.cat([function(part, seed) for part, seed in parts])
+
+    def controls(self, attacked: Made) -> Table:
+        """Other changes of the same radius to images that PGD attacked; and to clean ones."""
+        radius = REVERSAL_FACTOR * self.epsilon
+        untrained = self.reversal(self.size.reversal, self.untrained)
+
+        def noisy(x: Tensor, seed: int) -> Tensor:
+            return noise(x, "linf", radius, seed)
+
+        labels = PGD(
+            epsilon=radius,
+            step_size=radius / 8,
+            steps=self.size.reversal[0],
+            loss=lambda logits, y, t: -cross_entropy(logits, y, t),
+            pixels=pixels_of("linf"),
+        )
+        x, cost = attacked
+
+        def told(part: slice, seed: int) -> Tensor:
+            return labels.perturb(self.model, x[part], self.y[part])
+
+        results = {
+            "noise, clean images": self.judge((self.x, Cost()), noisy),
+            "noise": self.judge(attacked, noisy),
+            "untrained head": self.judge(attacked, untrained),
+            "true label (ceiling)": self.compare(x, cost, told),
+        }
+        return {row: {"control": result} for row, result in results.items()}
+
+    # ---- attacks
+
+    def gradient_attacks(self) -> dict[str, Attack]:
+        """By row; their numbers of steps are those against the classifier as it is."""
+        common = {"epsilon": self.epsilon, "pixels": pixels_of("linf"), "random_start": True}
+        return {
+            "PGD-CE": PGD(loss="ce", steps=self.size.pgd, **common),
+            "PGD-margin": PGD(loss="margin", steps=self.size.pgd, **common),
+            "APGD-CE": APGD(loss="ce", steps=self.size.apgd, early_stop=False, **common),
+        }
+
+    def static_examples(self) -> Iterator[tuple[str, Made]]:
+        """Made on the classifier as it is, from all images."""
+        for row, attack in self.gradient_attacks().items():
+            yield row, self.perturb(attack, self.model, len(self.x))
+        yield "Square", self.square(self.model, len(self.x), self.size.queries)
+
+    def adaptive_examples(self, reversal: Reversal) -> Iterator[tuple[str, str, Made]]:
+        """Made by attacks that know of the reversal, from the first images: row, column, images."""
+        few, seed = self.size.n_adaptive, self.seed
+        for row, attack in self.gradient_attacks().items():
+            for weight in WEIGHTS:
+                loss = LOSSES[attack.loss]
+                aware = DefenceAware(self.model, reversal.loss, loss, weight, seed).eval()
+                adapted = replace(attack, steps=self.size.aware, loss=aware.joint_loss)
+                yield row, f"aware, λ = {weight:g}", self.perturb(adapted, aware, few)
+            defended = Defended(self.model, reversal, self.size.draws, seed).eval()
+            adapted = replace(attack, steps=self.size.bpda)
+            yield row, BPDA, self.perturb(adapted, defended, few)
+        defended = Defended(self.model, reversal, 1, seed).eval()
+        yield "Square", "queries", self.square(defended, few, self.size.defended_queries)
+
+    def perturb(self, attack: Attack, model: nn.Module, n: int) -> Made:
+        def one_batch(part: slice, seed: int) -> Tensor:
+            seeded = replace(attack, generator=torch.Generator().manual_seed(seed))
+            return seeded.perturb(model, self.x[part], self.y[part]).clamp(0, 1)
+
+        with cost_of(self.model, n) as cost:
+            x = self.in_batches(one_batch, n)
+        return x, cost
+
+    def square(self, model: nn.Module, n: int, queries: int) -> Made:
+        def one_batch(part: slice, seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            x, y = self.x[part], self.y[part]
+            return square_attack(model, x, y, self.epsilon / 255, queries, generator)
+
+        with cost_of(self.model, n) as cost:
+            x = self.in_batches(one_batch, n)
+        return x, cost
+
+
+def tell(column: str, table: Table) -> None:
+    for row, results in table.items():
+        result = list(results.values())[-1]
+        static, defended = (100 * v.float().mean() for v in (result.static, result.defended))
+        print(
+            f"{row:<22} {column:<16} static {static:5.1f} %, reversed {defended:5.1f} %, "
+            f"n = {len(result.static)}; {result.attack.seconds + result.defence.seconds:.2f} s",
+            flush=True,
+        )

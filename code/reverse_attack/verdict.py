@@ -1,0 +1,156 @@
+"""The tables of an evaluation and what they amount to in words, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import torch
+
+from checkpoint import write_atomically
+from intervals import Paired, percent, wilson
+from protocol import BPDA, Cost, Result, Table
+from utils import UserError
+
+LEVEL = 0.05  # of significance
+
+HEADER = (
+    "| {} | | classifier alone, % | with reversal, % | gain | fixed | broken | p "
+    "| passes: attack, defence | s: attack, defence |\n|---|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def worst(table: Table) -> Result:
+    """For each image, right only if every result of the table has it right; costs summed up."""
+    results = [result for columns in table.values() for result in columns.values()]
+    attack, defence = Cost(), Cost()
+    for result in results:
+        attack, defence = attack + result.attack, defence + result.defence
+    static, defended = (
+        torch.stack([getattr(result, answers) for result in results]).all(0)
+        for answers in ("static", "defended")
+    )
+    return Result(static, defended, attack, defence)
+
+
+def row_of(result: Result) -> dict:
+    """A result as plain numbers; shares in per cent."""
+    paired, n = Paired.of(result.static, result.defended), len(result.static)
+    row: dict = {"n": n}
+    for name in ("static", "defended"):
+        hits = getattr(result, name).sum().item()
+        low, high = wilson(hits, n)
+        row |= {name: 100 * hits / n, f"{name}_interval": [100 * low, 100 * high]}
+    row |= {"gain": paired.gain, "fixed": paired.fixed, "broken": paired.broken, "p": paired.p}
+    for name in ("attack", "defence"):
+        cost = getattr(result, name)
+        row |= {f"{name}_passes": cost.passes, f"{name}_seconds": cost.seconds}
+    return row
+
+
+def line_of(attack: str, column: str, result: Result) -> str:
+    row, n = row_of(result), len(result.static)
+    static, defended = (percent(v.sum().item(), n) for v in (result.static, result.defended))
+    return (
+        f"| {attack} | {column} | {static} | {defended} | {row['gain']:+.1f} | {row['fixed']} "
+        f"| {row['broken']} | {row['p']:.2g} "
+        f"| {row['attack_passes']:.0f}, {row['defence_passes']:.0f} "
+        f"| {row['attack_seconds']:.2f}, {row['defence_seconds']:.2f} |\n"
+    )
+
+
+def lines_of(title: str, table: Table) -> str:
+    lines = (line_of(a, c, r) for a, columns in table.items() for c, r in columns.items())
+    return HEADER.format(title) + "".join(lines)
+
+
+def in_words(plain: Table, adaptive: Table) -> str:
+    """The verdict: the figures and which way they point, whichever it is."""
+    transfer = [
+        f"{attack} {row['gain']:+.1f} (p = {row['p']:.2g})"
+        for attack, columns in plain.items()
+        if attack != "clean"
+        for row in (row_of(columns["transfer"]),)
+    ]
+    clean, last = row_of(plain["clean"]["transfer"]), row_of(worst(adaptive))
+    if last["p"] >= LEVEL:
+        what = "no significant difference: the reversal is not shown to help or to harm"
+    elif last["gain"] > 0:
+        what = "significantly more: the reversal helps against these attacks"
+    else:
+        what = "significantly fewer: against attacks that know of it, the reversal harms"
+    return (
+        f"Verdict: against attacks that do not know of it (transfer), the reversal gains "
+        f"{', '.join(transfer)} points; on clean images {clean['gain']:+.1f} "
+        f"(p = {clean['p']:.2g}). Image-wise worst case over all rows and columns, n = "
+        f"{last['n']}: {last['defended']:.1f} % with the reversal, {last['static']:.1f} % without "
+        f"(p = {last['p']:.2g}), {what}."
+    )
+
+
+def write(stem: Path, about: dict, plain: Table, controls: Table, adaptive: Table) -> None:
+    """stem.json and stem.md; prints the verdict.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    words = in_words(plain, adaptive)
+    tables = {"transfer": plain, "controls": controls, "adaptive": adaptive}
+    content = {
+        **about,
+        **{
+            name: {a: {c: row_of(r) for c, r in columns.items()} for a, columns in table.items()}
+            for name, table in tables.items()
+        },
+        "worst_case": row_of(worst(adaptive)),
+        "verdict": words,
+    }
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {stem.parent}: {e.strerror}") from None
+    text = markdown(about, plain, controls, adaptive, words)
+    write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(stem.with_suffix(".md"), text.encode())
+    print(f"{words}\nWritten: {stem}.json, .md")
+
+
+def markdown(about: dict, plain: Table, controls: Table, adaptive: Table, words: str) -> str:
+    size, network = about["size"], about["classifier"]
+    (steps, n_views), (short_steps, short_views) = size["reversal"], size["short"]
+    headline = row_of(worst(adaptive))
+    low, high = headline["defended_interval"]
+    shortened = "" if size["short"] == size["reversal"] else ", shortened to be affordable"
+    parts = [
+        f"# What the reversal is worth: protocol {about['protocol']}",
+        f"**{headline['defended']:.1f} % [{low:.1f}, {high:.1f}] of {headline['n']} images "
+        "withstand every attack below behind the reversal, "
+        f"{headline['static']:.1f} % without it.**",
+        f"`{about['command']}`, commit {about['commit']}, {about['device']}, torch "
+        f"{about['torch']}, {about['date']}. Network {network['arch']} "
+        f"(SHA-256 {network['sha256'][:12]}), "
+        f"{'bfloat16' if about['arguments']['bf16'] else 'float32'}. "
+        f"Attacks in l∞ of ε = {about['epsilon_255']:g}/255, reversal of twice that, its negatives "
+        "a fixed bank. Accuracy with Wilson's 95 % interval; gain in points, images fixed and "
+        "broken by the reversal, exact McNemar p; passes (forward and backward) and seconds an "
+        "image.",
+        "## Attacks that do not know of the reversal (transfer, the setting of its paper)",
+        f"n = {size['n']}; reversal: {steps} steps, {n_views} views. PGD: {size['pgd']} steps, "
+        f"APGD: {size['apgd']}, Square: {size['queries']} queries; random start, no restarts.",
+        lines_of("attack", plain),
+        "## Controls",
+        "On what PGD-CE made, unless it says clean. The true label is known to nobody: a ceiling.",
+        lines_of("instead of the reversal", controls),
+        "## Attacks that know of it",
+        f"n = {size['n_adaptive']}, the first of those above; reversal: {short_steps} steps, "
+        f"{short_views} views{shortened}, and transfer measured again on it. Aware: "
+        f"{size['aware']} steps that also keep the contrastive loss low, times λ. {BPDA}: "
+        f"{size['bpda']} steps through the reversal, each over {size['draws']} draws of its views. "
+        f"Square: {size['defended_queries']} queries of the defended classifier. Each attack's "
+        "images are judged without and with the reversal; the last row counts an image as right "
+        "only if it is so in all rows above.",
+        lines_of("attack", adaptive) + line_of("**worst case**", "all", worst(adaptive)),
+        words,
+    ]
+    return "\n\n".join(p if "|" in p else textwrap.fill(p, 100) for p in parts) + "\n"
