@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from results_file import provenance, write_section
 from small_images import BATCH, PIXELS, load, train
+from trained import interval
 
 from adversarial_training import AdversarialTraining, ordinary
 from attacks import PGD
-from robustness import accuracy, wilson
+from robustness import accuracy
 
 EPSILON = 4.0  # of 255
 TINY = 0.01 * 255 * sum(PIXELS.std) / 3  # 0.01 in the assignment's normalised units
@@ -66,14 +67,6 @@ def main() -> None:
         ]
     )
     write_section("robustness.md", "Does the network still learn?", text)
-
-
-def interval(n: int):
-    def text(percent: float) -> str:
-        low, high = wilson(percent / 100 * n, n)
-        return f"{percent:.1f} ({low:.1f}–{high:.1f})"
-
-    return text
 
 
 if __name__ == "__main__":

@@ -16,20 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from adversarial_questions import interval
 from results_file import provenance, write_section
 from small_images import BATCH, PIXELS, load, train
 from torch import Tensor, nn
+from trained import best_network, interval, validation_images
 
-import checkpoint
-import networks
 from adversarial_training import AdversarialTraining, ordinary
 from attacks import APGD, PGD, Attack
-from custom_dataloader import MiniPlacesLoader, count_classes, held_out_batch
 from geometry import Pixels
 from robustness import accuracy, budget, health_lights, noisy
 from square_attack import Square
-from student_code import get_val_transforms
 
 
 def attacks(pixels: Pixels, side: int) -> dict[str, Attack]:
@@ -61,15 +57,8 @@ def row_values(model: nn.Module, x: Tensor, y: Tensor, pixels: Pixels) -> Iterat
 
 
 def of_runs(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
-    classes = count_classes(args.data)
-    val_set = MiniPlacesLoader(args.data, None, classes, "val", get_val_transforms())
-    models = {}
-    for run in args.runs:
-        path = run / "models" / checkpoint.BEST
-        content = checkpoint.load(path)
-        models[run.name] = networks.build(content["kind"], classes).eval()
-        checkpoint.load_weights(models[run.name], content, path)
-    return models, *held_out_batch(val_set, args.images)
+    models = dict(best_network(run, args.data) for run in args.runs)
+    return models, *validation_images(args.data, args.images)
 
 
 def trained_here(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
