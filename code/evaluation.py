@@ -75,7 +75,7 @@ class Evaluation:
         x, y = x[:SHOWN].clone(), y[:SHOWN].tolist()  # a clone, as gradients need an ordinary one
         maps, logits = saliency(self.model, x)
         found = pictures.answers(logits, self.categories)
-        captions = [[f"is {self.categories[k]}", text] for k, text in zip(y, found, strict=True)]
+        captions = [[f"true: {self.categories[k]}", text] for k, text in zip(y, found, strict=True)]
         shown = {"Image/Saliency": maps, "Image/GradCAM": grad_cam(self.model, x)}
         for tag, maps in shown.items():
             if maps is not None:
@@ -120,7 +120,7 @@ class Evaluation:
         for batch in (x[:SHOWN], x_adv[:SHOWN]):
             found = pictures.answers(saliency(self.model, batch)[1], self.categories)
             columns.append((pictures.pixels(batch), found))
-        truth = [f"is {self.categories[label]}" for label in y[:SHOWN].tolist()]
+        truth = [f"true: {self.categories[label]}" for label in y[:SHOWN].tolist()]
         columns.append((pictures.pixels(changed[:SHOWN]), [f"difference x {k}"] * len(truth)))
         tiles = [
             pictures.tile(images[i], [truth[i], found[i]])

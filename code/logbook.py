@@ -25,7 +25,8 @@ from utils import UserError
 LOGS = Path(__file__).resolve().parent.parent / "logs"
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
 BEST = "data/top1_accuracy", "best"  # the curve of the best validation accuracy so far
-HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "momentum", "wd", "clip_grad")
+# With network and at they are TensorBoard's columns; it shows the first five by the alphabet
+HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "wd")
 
 # What a row of metrics.jsonl tells of the machine: two runs alike in all else differ in it
 OF_THE_MACHINE = ("images_per_second", "peak_memory_bytes")

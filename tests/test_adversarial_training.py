@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import adversarial_training
+import checkpoint
 import engine
+import logbook
+import main
+import networks
 from adversarial_training import (
     STEPS,
     AdversarialTraining,
@@ -222,3 +230,67 @@ def test_the_ordinary_objective_is_the_criterion():
     model, (x, y) = make_network(), make_batches(1)[0]
     ((logits, loss),) = ordinary(model, nn.CrossEntropyLoss(), x, y)
     assert torch.equal(loss, F.cross_entropy(logits, y))
+
+
+# A whole run, in this process
+
+
+def tiny(n: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, n))
+
+
+@pytest.fixture
+def run(sample_root, tmp_path, monkeypatch, capsys):
+    """Words of the command line -> (output, content of checkpoint.pth.tar, run folder)."""
+    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(networks, "BUILDERS", {"torch_conv": tiny})
+
+    def call(*words: str):
+        common = [str(sample_root), "--gpu=-1", "-j=0", "-b=32", "--warmup=1", "--at=fgsm-rs"]
+        assert main.main([*common, *words]) == 0
+        folder = logbook.newest_run(["torch_conv"])
+        return (
+            capsys.readouterr().out,
+            checkpoint.load(folder / "models/checkpoint.pth.tar"),
+            folder,
+        )
+
+    return call
+
+
+@pytest.fixture
+def weights_file(tmp_path) -> str:
+    content = {"kind": "torch_conv", "epoch": 7, "state_dict": tiny(10).state_dict()}
+    checkpoint.save(tmp_path / "weights.pth.tar", content)
+    return f"--weights={tmp_path / 'weights.pth.tar'}"
+
+
+def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_file, monkeypatch):
+    """Figures from outside, as a true collapse takes minutes."""
+    figures, weights = iter([30.0, 40.0, 3.0, 35.0]), []
+
+    def measured(model, *_):
+        weights.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(figures)
+
+    monkeypatch.setattr(adversarial_training, "robust_accuracy", measured)
+    out, last, folder = run("--epochs=4", "--lr=0.02", "--best-by=robust", weights_file)
+    assert len(re.findall("^Robust accuracy", out, re.M)) == 4
+    assert "robust accuracy fell from 40.0; the weights of epoch 2 are restored" in out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["robust_top1_accuracy"] for row in rows] == [30.0, 40.0, 3.0, 35.0]
+    curve = EventAccumulator(str(folder / "data_top1_accuracy_robust")).Reload()
+    points = [(p.step, p.value) for p in curve.Scalars("data/top1_accuracy")]
+    assert points == [(1, 30.0), (2, 40.0), (3, 3.0), (4, 35.0)]
+    best = checkpoint.load(folder / "models/model_best.pth.tar")
+    assert (best["epoch"], best["best_robust"], last["best_robust"]) == (2, 40.0, 40.0)
+    for name, value in weights[1].items():
+        assert torch.equal(best["state_dict"][name], value)
+    assert (last["watchdog"]["best"], last["watchdog"]["epoch"]) == (40.0, 4)
+
+
+def test_weights_begin_a_run_and_stay_what_they_were_at_a_rate_of_0(run, weights_file):
+    out, last, folder = run("--epochs=1", "--lr=0", weights_file)
+    given = checkpoint.load(weights_file.partition("=")[2])
+    assert all(torch.equal(v, last["state_dict"][k]) for k, v in given["state_dict"].items())
+    assert last["epoch"] == 1 and len(list(folder.parent.iterdir())) == 1

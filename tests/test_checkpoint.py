@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import checkpoint
+from adversarial_training import Watchdog
 from save_point import SavePoint, parse_interval
 from utils import UserError
 
@@ -330,6 +331,8 @@ def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
         {"epoch": -1},
         {"epoch": float("nan")},
         {"best_acc1": float("nan")},
+        {"best_robust": float("nan")},
+        {"best_robust": "high"},
         {"best_acc1": torch.zeros(3)},
         {"progress": [1]},
         {"progress": torch.tensor(1)},
@@ -343,6 +346,36 @@ def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
 def test_a_progress_that_makes_no_sense_is_refused(change):
     with pytest.raises(UserError, match="makes no sense"):
         checkpoint.progress_of({"epoch": 2, **change}, ORDER)
+
+
+def test_a_watchdog_goes_on_as_it_was():
+    saved, ours, model = Watchdog(10.0), Watchdog(10.0), network()
+    assert not saved.collapsed(model, 40.0, 3)
+    checkpoint.load_watchdog(ours, model, {"watchdog": saved.state()})
+    assert (ours.best, ours.epoch) == (40.0, 3)
+    assert all(map(torch.equal, ours.weights.values(), model.state_dict().values()))
+    checkpoint.load_watchdog(ours, model, {})  # of a run that was not adversarial
+    assert ours.best == 40.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best": "high"},
+        {"best": float("nan")},
+        {"epoch": None},
+        {"weights": {}},
+        {"weights": {"weight": 5}},
+        {"weights": [1]},
+        {"weights": {k: v * torch.nan for k, v in network().state_dict().items()}},
+    ],
+    ids=lambda change: f"{change}"[:40],
+)
+def test_a_watchdog_that_makes_no_sense_is_refused(change):
+    good = Watchdog(10.0, 40.0, 3, network().state_dict()).state()
+    for bad in ({**good, **change}, 5, []):
+        with pytest.raises(UserError, match="watchdog makes no sense"):
+            checkpoint.load_watchdog(Watchdog(10.0), network(), {"watchdog": bad})
 
 
 @pytest.mark.parametrize(
@@ -362,3 +395,21 @@ def test_a_foreign_optimizer_state_is_left_out(state):
     saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     assert "another optimizer's" in checkpoint.load_optimizer(optimizer, {"optimizer": saved})
     assert not optimizer.state_dict()["state"]
+
+
+def test_the_scale_of_gradients_is_restored_or_refused():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    weight = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scaler.scale(weight * 1.0).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    saved = {"scaler": scaler.state_dict()}
+    fresh = torch.amp.GradScaler("cpu")
+    checkpoint.load_scaler(fresh, saved)
+    assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 4096
+    for wrong in ([1], {"scale": 1.0}, {"scale": float("nan"), "_growth_tracker": 0}):
+        with pytest.raises(UserError, match="the checkpoint's scaler makes no sense"):
+            checkpoint.load_scaler(fresh, {"scaler": wrong})
+    checkpoint.load_scaler(fresh, {})
+    assert fresh.get_scale() == 4096

@@ -63,12 +63,14 @@ def test_parts_one_to_three_import_with_torch_alone(tmp_path):
         "        if name.split('.')[0] in ('cv2', 'torchvision', 'tensorboard', 'PIL'):\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "import attacks, student_code\n"
+        "import adversarial_training, robustness, saliency, student_code\n"
         "own = {m for m in sys.modules if (getattr(sys.modules[m], '__file__', None) or '')"
         ".startswith(sys.argv[1])}\n"
         "print(sorted(own))\n"
     )
-    for name in ("student_code.py", "custom_blocks.py", "attacks.py", "geometry.py"):
-        shutil.copy(CODE / name, tmp_path)
+    names = ["adversarial_training", "attacks", "custom_blocks", "geometry", "robustness"]
+    names += ["saliency", "square_attack", "student_code"]
+    for name in names:
+        shutil.copy(CODE / f"{name}.py", tmp_path)
     out = run(tmp_path, "-c", script, tmp_path)
-    assert out.strip() == "['attacks', 'custom_blocks', 'geometry', 'student_code']"
+    assert out.strip() == str(names)

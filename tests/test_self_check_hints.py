@@ -60,6 +60,8 @@ CONV = [
      "mean over batch and positions"),
     ("gradient of the bias", GRAD_BIAS, "grad_output.sum(0) if bias",
      "sum over positions is missing"),
+    ("gradient of the bias", "if bias is not None else None\n        return",
+     "if ctx.needs_input_grad[0] else None\n        return", "alone differs from the numeric"),
     ("gradient of the bias", "grad_bias, None, None", "grad_bias", "five values"),
     ("gradient of the bias", "grad_weight, grad_bias", "grad_weight, None", "None in its place"),
     ("CustomConv2d", "torch.zeros(out_channels)) if bias", "torch.zeros(out_channels)) if True",
@@ -148,6 +150,11 @@ ATTACK = [
     ("stays within", "return output.detach()\n\n\ndefault_attack",
      "return input\n\n\ndefault_attack", "is the perturbed tensor returned"),
     ("steps", ".grad.sign()", ".grad", "sign is not taken"),
+    ("steps", "self.step_size * output", "self.eps * output", "the size of epsilon"),
+    ("steps", "self.step_size * output", "self.step_size / STD * output", "divided by std"),
+    ("stays within", "self.loss_fn, self.num_steps = loss_fn, num_steps",
+     "self.loss_fn, self.num_steps = loss_fn, num_steps; step_size = step_size / STD; "
+     "epsilon = epsilon / STD", "divided by std"),
     ("stronger", ".grad.sign()", ".grad", "sign is not taken"),
     ("steps", PROJECTED, f"{PROJECTED}; break", "only one step"),
     ("network and images", PROJECTED, f"{PROJECTED}; input.copy_(output)", "clone them first"),
@@ -163,7 +170,9 @@ ATTACK = [
 
 @pytest.mark.parametrize(("name", "old", "new", "hint"), CONV + ATTENTION + BLOCKS + VIT + ATTACK)
 def test_a_wrong_answer_is_caught_with_the_right_hint(name, old, new, hint):
-    caught(grade(module(STUDENTS, (old, new)), name), hint)
+    code = module(STUDENTS, (old, new))
+    code.STD = attack.STD
+    caught(grade(code, name), hint)
 
 
 OUR_WRONG = [

@@ -25,6 +25,8 @@ DARKEST, BRIGHTEST = -MEAN / STD, (1 - MEAN) / STD
 WRONG_SIGN = "wrong sign: it climbs the loss of the least likely label; step against the gradient"
 UNTARGETED = "it climbs the loss of the likeliest label: the assignment descends the least likely's"
 SURER = "wrong sign and label: it makes the network surer of what it sees"
+PIXEL_UNITS = "step_size and epsilon are divided by std: they are in units of the normalised input"
+DEFAULTS = {"eps": 0.1, "size": 0.01}
 RANDOM_START = "a random start is fine; the size of a step is then not checked"
 
 
@@ -139,6 +141,7 @@ def likely_mistake(found: Tensor, net: nn.Module, x: Tensor, **sizes: float) -> 
             {"project": False}
         ),
         "pixels are clamped to [0, 1], but the input is normalised": {"clamp": (0.0, 1.0)},
+        PIXEL_UNITS: {name: sizes.get(name, default) / STD for name, default in DEFAULTS.items()},
     }
     for again in (False, True):
         right = pgd(net, x, again=again, **sizes)
@@ -237,22 +240,29 @@ def check_steps(code: ModuleType) -> list[str]:
     for steps in (1, 4, 12):
         attacked.append(perturb(code, net, x, steps=steps))
         changed.append((net(attacked[-1]).argmax(1) != clean).float().mean().item())
+    repeats = torch.equal(attacked[0], perturb(code, net, x, steps=1))
+    if repeats:
+        check_step_size(net, x, attacked[0])
+    if same(attacked[0], attacked[2]):
+        raise Wrong("12 steps do what 1 does", likely_mistake(attacked[2], net, x, steps=12))
     told = ", ".join(f"{share:.0%}" for share in changed)
     weaker = f"1, 4 and 12 steps change {told} of the predictions: more steps are weaker"
     expect(changed[0] <= changed[1] + 0.1 and changed[1] <= changed[2] + 0.1, weaker)
-    if not torch.equal(attacked[0], perturb(code, net, x, steps=1)):
-        return [RANDOM_START]
-    moved, right = ((v - x).abs() for v in (attacked[0], pgd(net, x, steps=1)))
+    return [] if repeats else [RANDOM_START]
+
+
+def check_step_size(net: nn.Module, x: Tensor, found: Tensor) -> None:
+    """Of the first step, whatever its direction."""
+    moved, right = ((v - x).abs() for v in (found, pgd(net, x, steps=1)))
     hints: Mistakes = {
         "the gradient's sign is not taken: l_inf steps are step_size × sign(gradient)": (
             lambda: (pgd(net, x, steps=1, step=lambda g: g) - x).abs()
-        )
+        ),
+        "a step has the size of epsilon, not of step_size": lambda: right * 10,
+        PIXEL_UNITS: lambda: right / STD,
     }
     if not same(moved, right):
         compare("the distance that a step moves each pixel", moved, right, hints, tol=1e-2)
-    if same(attacked[0], attacked[2]):
-        raise Wrong("12 steps do what 1 does", likely_mistake(attacked[2], net, x, steps=12))
-    return []
 
 
 def check_state(code: ModuleType) -> list[str]:

@@ -1,12 +1,13 @@
-"""The report's figures: each function draws one and returns it; `save` writes a small PNG."""
+"""The report's figures: each function draws one and returns it."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -47,9 +48,11 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def save(figure: Figure, file: Path) -> None:
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, dpi=figure.dpi, pil_kwargs={"optimize": True})
+        figure.savefig(buffer, dpi=figure.dpi, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
 
 
 def colours(n: int) -> list:
@@ -179,6 +182,9 @@ def class_accuracy(answers: dict[str, Answers]) -> Figure:
         ):
             ax.plot(row[order], y + shift, "o", color=colour, markersize=6, label=run)
         ax.set_yticks(y, [names[i] for i in order])
+        ax.set_ylim(-0.7, len(order) - 0.3)
+        if len(order) < len(names):  # a dotted line where the others are left out
+            ax.axhline(SHOWN_CLASSES - 0.5, color=GREY, linestyle=(0, (1, 3)))
         ax.set_xlim(-2, 102)
         ax.set_xlabel("validation images recognised, %")
         if len(answers) > 1:
@@ -194,12 +200,14 @@ def confusion(answers: Answers) -> Figure:
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = new_figure(5.4, 6.6)
         ax = figure.subplots()
-        image = ax.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        few = k <= MAX_ANNOTATED
+        norm = PowerNorm(1.0 if few else 0.5, 0, 100)  # of many, single errors are faint
+        image = ax.imshow(share, cmap="Blues", norm=norm)
         figure.colorbar(image, ax=ax, label="% of the category's images", shrink=0.8)
         if k <= MAX_NAMED:
             ax.set_xticks(range(k), answers.names, rotation=45, ha="right", rotation_mode="anchor")
             ax.set_yticks(range(k), answers.names)
-        if k <= MAX_ANNOTATED:
+        if few:
             for i, j in np.ndindex(share.shape):
                 colour = "white" if share[i, j] > 55 else INK
                 weight = "bold" if i == j else "normal"

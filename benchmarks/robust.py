@@ -1,0 +1,106 @@
+"""Robust accuracy of trained networks under many attacks, with 95 % intervals:
+
+    python benchmarks/robust.py path/to/miniplaces10 logs/RUN [logs/RUN ...] [--images 200]
+    python benchmarks/robust.py path/to/cifar10 --train 8000 --epochs 6
+
+The first looks at the best networks of runs of main.py, the second trains SimpleNet on 32 x 32
+images, once as usual and once adversarially. Both write a section of results/robustness.md with a
+column for each network, and the health lights of the last PGD. ε of l_inf: 4/255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from results_file import provenance, write_section
+from small_images import BATCH, PIXELS, load, train
+from torch import Tensor, nn
+from trained import best_network, interval, validation_images
+
+from adversarial_training import AdversarialTraining, ordinary
+from attacks import APGD, PGD, Attack
+from geometry import Pixels
+from robustness import accuracy, budget, health_lights, noisy
+from square_attack import Square
+
+
+def attacks(pixels: Pixels, side: int) -> dict[str, Attack]:
+    """l_2 and l_1 as large as l_inf's 4/255 would be if it moved a 16th of the pixels so far."""
+    d = 3 * side * side
+    options = {"pixels": pixels, "early_stop": True}
+    l2, l1 = round(4 * d**0.5 / 4), round(4 * d / 16)
+    return {
+        "FGSM": PGD(epsilon=4, steps=1, step_size=4, **options),
+        "PGD-10": PGD(epsilon=4, steps=10, **options),
+        "PGD-20": PGD(epsilon=4, steps=20, **options),
+        "PGD-50": PGD(epsilon=4, steps=50, **options),
+        "PGD-20, margin": PGD(epsilon=4, steps=20, loss="margin", **options),
+        "APGD-20, DLR": APGD(epsilon=4, steps=20, loss="dlr", **options),
+        "Square, 200 queries": Square(epsilon=4, pixels=pixels),
+        f"PGD-20, l_2, {l2}/255": PGD(norm="l2", epsilon=l2, steps=20, **options),
+        f"APGD-20, l_1, {l1}/255": APGD(norm="l1", epsilon=l1, steps=20, **options),
+    }
+
+
+def row_values(model: nn.Module, x: Tensor, y: Tensor, pixels: Pixels) -> Iterator[tuple]:
+    """(name, accuracy in per cent, seconds) of one network, line by line."""
+    yield "clean", accuracy(model, x, y), 0.0
+    yield "noise of the same size", accuracy(model, noisy(x, PGD(epsilon=4, pixels=pixels)), y), 0.0
+    for name, attack in attacks(pixels, x.shape[-1]).items():
+        start = time.perf_counter()
+        found = accuracy(model, attack.perturb(model, x, y), y)
+        yield name, found, time.perf_counter() - start
+
+
+def of_runs(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
+    models = dict(best_network(run, args.data) for run in args.runs)
+    return models, *validation_images(args.data, args.images)
+
+
+def trained_here(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
+    train_set = load(args.data / "train", args.train)
+    steps = args.epochs * (args.train // BATCH)
+    adversary = AdversarialTraining(pixels=PIXELS, ramp=(steps // 4, 3 * steps // 4))
+    models = {
+        name: train(objective, *train_set, args.epochs, seed=0)
+        for name, objective in (("plain", ordinary), ("pgd", adversary))
+    }
+    return models, *load(args.data / "test", args.images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("runs", type=Path, nargs="*")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--train", type=int, default=8000, help="images, where there are no runs")
+    parser.add_argument("--epochs", type=int, default=6)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    models, x, y = (of_runs if args.runs else trained_here)(args)
+    columns, lights = {}, []
+    for name, model in models.items():
+        columns[name] = {}
+        for line, found, seconds in row_values(model, x, y, PIXELS):
+            columns[name][line] = interval(len(y))(found)
+            print(name, line, columns[name][line], f"{seconds:.0f} s", flush=True)
+        attack = PGD(epsilon=4, steps=20, pixels=PIXELS)
+        lights += [
+            f"- {name}: {light.line().strip()}" for light in health_lights(model, x, y, attack)
+        ]
+    first = next(iter(columns.values()))
+    table = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    table += [f"| {line} | {' | '.join(c[line] for c in columns.values())} |" for line in first]
+    head = f"{len(y)} images; untargeted; {budget('linf', 4, PIXELS.std)} where no other is named."
+    text = "\n".join(
+        [head, "", *table, "", "Health lights of PGD-20:", "", *lights, "", provenance()]
+    )
+    write_section("robustness.md", f"Accuracy in per cent under attack, {args.data.name}", text)
+
+
+if __name__ == "__main__":
+    main()
