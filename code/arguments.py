@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=at_least(int, 0, 2**32 - 1), default=2024)
     add("--gpu", type=at_least(int, -1), help="id, 0 by default; -1 = CPU")
     add("--use-mps", action="store_true", help="Apple's GPU")
+    add("--amp", choices=("off", "bf16", "fp16"), default="off", help="numbers of 16 bits; GPUs")
+    add("--compile", action="store_true", help="torch.compile: minutes to start, faster steps")
     add("--deterministic", action="store_true", help="the same bits each time, on a GPU, too")
 
     add = parser.add_argument_group("network (default: SimpleNet)").add_argument

@@ -278,6 +278,24 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
     return progress, None
 
 
+def load_scaler(scaler: torch.amp.GradScaler, content: dict) -> None:
+    """Restore by how much gradients are scaled in float16, where that is what the run did.
+
+    Raises:
+        UserError: the content makes no sense.
+    """
+    saved = content.get("scaler")
+    if not (saved and scaler.is_enabled()):
+        return
+    try:
+        scale, grown = float(saved["scale"]), int(saved["_growth_tracker"])
+        if not 0 < scale < math.inf:
+            raise ValueError
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, OverflowError):
+        raise UserError("the checkpoint's scaler makes no sense") from None
+    scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": grown})
+
+
 def load_watchdog(watchdog: Watchdog, model: nn.Module, content: dict) -> None:
     """Restore what an adversarial run knows of its robustness; other files know nothing of it.
 

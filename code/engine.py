@@ -25,10 +25,32 @@ except ImportError:  # Windows
 
 @dataclass
 class Place:
-    """Where the arithmetic happens, and the memory layout that is fast there."""
+    """Where the arithmetic happens, and the number format and memory layout that are fast there.
+
+    amp: what networks compute in where that is safe (torch.autocast); None keeps float32.
+    """
 
     device: torch.device
+    amp: torch.dtype | None = None
     memory_format: torch.memory_format = torch.channels_last
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32; convolutions have it by default
+
+    def network(self, model: nn.Module, compiled: bool = False) -> nn.Module:
+        """`model` itself, moved here; its parameters, their names and its logits stay float32."""
+        model.to(self.device, memory_format=self.memory_format)
+        if self.amp:
+            model.forward = torch.autocast(self.device.type, self.amp)(model.forward)
+            model.register_forward_hook(lambda module, inputs, logits: logits.float())
+        if compiled:
+            model.compile()
+        return model
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps small gradients above zero in float16; does nothing in other formats."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
 
     def images(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True, memory_format=self.memory_format)
@@ -123,6 +145,7 @@ def train_epoch(
     seed: int,
     clip_grad: float = 0.0,
     objective: Objective = ordinary,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[float]:
     """Train on each batch and yield its learning rate.
 
@@ -130,6 +153,7 @@ def train_epoch(
     Random numbers of a step (drop path, attacks) follow from `seed` and the scheduler's step count,
     so a resumed epoch draws what an uninterrupted one would have drawn.
     """
+    scaler = scaler or place.scaler()
     model.train()
     for x, y in batches:
         clock.data_arrived()
@@ -138,10 +162,12 @@ def train_epoch(
         torch.manual_seed(hash((seed, step)))
         for logits, loss in objective(model, criterion, x, y, step):  # noqa: B007
             optimizer.zero_grad()  # after an attack: none of its gradients may reach the step
-            loss.backward()
+            scaler.scale(loss).backward()
             if clip_grad > 0:
+                scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
 

@@ -34,6 +34,8 @@ from evaluation import Evaluation
 from trainer import Trainer
 from utils import UserError
 
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def choose_device(gpu: int, use_mps: bool) -> torch.device:
     """The one place that asks which devices there are."""
@@ -103,7 +105,9 @@ def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlac
 def run(args: Namespace) -> int:
     if args.check_data:
         return data_audit.check(args.data_folder, args.workers)
-    place = Place(choose_device(args.gpu, args.use_mps))
+    place = Place(choose_device(args.gpu, args.use_mps), AMP[args.amp])
+    if args.amp == "fp16" and place.device.type == "cpu":
+        raise UserError("--amp=fp16 takes a CPU twenty times as long: use --amp=bf16")
     if args.deterministic:
         make_deterministic()
     num_classes = count_classes(args.data_folder)
@@ -111,7 +115,7 @@ def run(args: Namespace) -> int:
     if args.resume == "auto":
         args.resume = find_checkpoint(args)
     kind, model, content = make_network(args, num_classes)
-    model = model.to(place.device, memory_format=place.memory_format)
+    model = place.network(model, args.compile)
     only_look = args.evaluate or args.attack
     transforms = {"val": student_code.get_val_transforms()}
     if not only_look:

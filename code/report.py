@@ -1,4 +1,4 @@
-"""Turn run folders into a report: figures as PNG, one HTML page, one PDF. Run from code/:
+"""Turn run folders into a report: PNG figures, an HTML page, Markdown, a PDF. Run from code/:
 
 python report.py ../logs/RUN [../logs/RUN ...] [--out ../results/NAME] [--data ../data]
 
@@ -26,7 +26,7 @@ RESULTS = LOGS.parent / "results"
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = OneLineParser(description="Turn run folders into figures, an HTML page and a PDF.")
+    parser = OneLineParser(description="Turn run folders into figures, a page, Markdown and a PDF.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, logs/<kind>_exp_<date>")
     add("--out", type=Path, help="folder to write to (default: results/report_RUN)")
@@ -61,9 +61,9 @@ def report(args: Namespace) -> None:
     made = f"{date.today()}, commit {commit() or 'unknown'}; from "
     document = Document(title, made + ", ".join(run.folder.name for run in runs), content)
     write_atomically(out / "report.html", document.html().encode())
+    write_atomically(out / "report.md", document.markdown().encode())
     write_atomically(out / "report.pdf", document.pdf())
-    for name in ("report.html", "report.pdf"):
-        print(os.path.relpath(out / name))
+    print(f"report.html, report.md, report.pdf and figures: {os.path.relpath(out)}")
 
 
 def make_folder(out: Path) -> None:

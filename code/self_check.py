@@ -6,7 +6,8 @@
 
 Under a minute on a CPU. Drop this file and the folder checks/ beside any answer to the assignment:
 torch and the answer's own imports are all they need (the submission, zip_submission.py as well).
-Exit status 0 means all points of the parts asked for; a remark costs none.
+Exit status 0 means all points of the parts asked for; a remark costs none. The answer runs in this
+process: it may fail in any way, but a stranger's belongs in a container.
 """
 
 from __future__ import annotations

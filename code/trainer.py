@@ -50,13 +50,15 @@ class Trainer:
         self.train_set, self.left_out = train_set, sorted(train_set.left_out + val_set.left_out)
         self.batches = training_batches(train_set, args.batch_size, args.seed, args.workers, pin)
         self.val_batches = validation_batches(val_set, args.workers, pin)
-        self.optimizer = make_optimizer(args, kind, model)
+        self.optimizer = make_optimizer(args, kind, model, place)
+        self.scaler = place.scaler()
         order = {"-b": args.batch_size, "--seed": args.seed, "images": fingerprint(train_set)}
         self.progress = Progress(args.start_epoch, order=order)
         if content:
             self.progress, lost = checkpoint.progress_of(content, order)
             for line in filter(None, (lost, checkpoint.load_optimizer(self.optimizer, content))):
                 print(f"Resuming: {line}.")
+            checkpoint.load_scaler(self.scaler, content)
         self.scheduler = make_schedule(args, self.optimizer, len(self.batches), self.progress)
         self.adversary = make_adversary(args, args.epochs * len(self.batches))
         if self.adversary:
@@ -115,6 +117,7 @@ class Trainer:
             seed=self.args.seed,
             clip_grad=self.args.clip_grad if self.kind == "vit" else 0.0,
             objective=self.adversary or adversarial_training.ordinary,
+            scaler=self.scaler,
         )
         with Console(len(self.batches), self.args.print_freq, first) as console:
             for i, rate in enumerate(steps, first):
@@ -165,7 +168,7 @@ class Trainer:
             **robust,
         )
         if self._is_best(val.acc1, **robust):
-            without = {"optimizer", "scheduler", "progress", "watchdog"}
+            without = {"optimizer", "scheduler", "scaler", "progress", "watchdog"}
             best = {k: v for k, v in self._content().items() if k not in without}
             checkpoint.save(self.models / checkpoint.BEST, best)
         self._save_last()
@@ -226,6 +229,7 @@ class Trainer:
             "left_out": self.left_out,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "progress": {k: getattr(progress, k) for k in ("position", "tally", "order")},
             "watchdog": self.watchdog.state() if self.adversary else None,
         }
@@ -269,11 +273,14 @@ def fingerprint(dataset: Dataset) -> int:
     return zlib.crc32(repr((dataset.paths, dataset.labels)).encode())
 
 
-def make_optimizer(args: Namespace, kind: str, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: Namespace, kind: str, model: nn.Module, place: Place
+) -> torch.optim.Optimizer:
+    fused = place.device.type == "cuda"  # one kernel for all parameters
     if kind == "vit":
-        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd)
+        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=fused)
     return torch.optim.SGD(
-        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd
+        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=fused
     )
 
 

@@ -395,3 +395,21 @@ def test_a_foreign_optimizer_state_is_left_out(state):
     saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     assert "another optimizer's" in checkpoint.load_optimizer(optimizer, {"optimizer": saved})
     assert not optimizer.state_dict()["state"]
+
+
+def test_the_scale_of_gradients_is_restored_or_refused():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    weight = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    scaler.scale(weight * 1.0).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    saved = {"scaler": scaler.state_dict()}
+    fresh = torch.amp.GradScaler("cpu")
+    checkpoint.load_scaler(fresh, saved)
+    assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 4096
+    for wrong in ([1], {"scale": 1.0}, {"scale": float("nan"), "_growth_tracker": 0}):
+        with pytest.raises(UserError, match="the checkpoint's scaler makes no sense"):
+            checkpoint.load_scaler(fresh, {"scaler": wrong})
+    checkpoint.load_scaler(fresh, {})
+    assert fresh.get_scale() == 4096

@@ -130,6 +130,29 @@ def test_training_equals_the_loop_written_out():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_numbers_of_16_bits_train_weights_of_32(amp):
+    """Small gradients, too: scaled in float16, where they would all be zero."""
+    place, plain = Place(CPU.device, amp), make_network()
+    halved = place.network(make_network())
+    small = nn.CrossEntropyLoss(weight=torch.full((7,), 1e-6), reduction="sum")
+    for model, where in ((plain, CPU), (halved, place)):
+        optimizer = torch.optim.SGD(model.parameters(), 1e5)
+        schedule = LinearWarmupCosineAnnealingLR(optimizer, 0, 20)
+        tally = Tally(CPU.device)
+        [_] = engine.train_epoch(
+            model, make_batches(1), small, optimizer, schedule, where, tally, Clock(), seed=5
+        )
+    assert halved(make_batches(1)[0][0]).dtype == torch.float32
+    start = make_network().state_dict()
+    for name, p in plain.named_parameters():
+        moved, moved16 = p - start[name], halved.get_parameter(name) - start[name]
+        assert halved.get_parameter(name).dtype == torch.float32
+        if p.ndim > 1:
+            assert F.cosine_similarity(moved.flatten(), moved16.flatten(), dim=0) > 0.99
+            assert moved16.norm().item() == pytest.approx(moved.norm().item(), rel=0.05)
+
+
 def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
     whole, halves = make_network(), make_network()
     train(whole, make_batches(), *make_training(whole))

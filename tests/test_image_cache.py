@@ -14,7 +14,12 @@ import pytest
 import torch
 
 import image_cache
-from custom_dataloader import MiniPlacesLoader, training_batches, validation_batches
+from custom_dataloader import (
+    MiniPlacesLoader,
+    held_out_batch,
+    training_batches,
+    validation_batches,
+)
 from custom_transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -216,6 +221,15 @@ def test_the_devices_validation_is_within_one_grey_level(root):
     ]
     apart = (grey_levels(images[0]) - grey_levels(images[1])).abs()
     assert apart.max() < 1.01 and apart.mean() < 0.2
+
+
+def test_the_held_out_batch_comes_from_the_device_too(root):
+    transforms = get_val_transforms()
+    plain, cached = (
+        held_out_batch(kept(root, place, "val", transforms), 5) for place in ("none", "device")
+    )
+    assert torch.equal(plain[1], cached[1])
+    assert (grey_levels(plain[0]) - grey_levels(cached[0])).abs().max() < 1.01
 
 
 def test_the_device_spoils_nothing_and_repeats_itself(root):

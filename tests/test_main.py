@@ -286,6 +286,8 @@ BAD = [
     (["--start-epoch=1", "--resume=x"], 2, r"--resume knows how many epochs"),
     (["--check-data", "-a", "--resume=x"], 2, r"--check-data stands alone"),
     (["--resume=auto", "-e"], 1, r"there is no run to look at"),
+    (["--amp=fp16"], 1, r"use --amp=bf16"),
+    (["--cache=tape"], 2, r"invalid choice: 'tape'"),
     (["--save-every=soon"], 2, r"not an interval"),
     (["-b", "100000"], 1, r"100000"),
     (["--resume=missing.pth.tar"], 1, r"no checkpoint at missing\.pth\.tar"),

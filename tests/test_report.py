@@ -1,6 +1,7 @@
 """The report: what it reads against what was written, what it computes against brute force."""
 
 import base64
+import html
 import json
 import math
 import re
@@ -312,6 +313,20 @@ def test_the_page_needs_no_other_file_and_has_every_figure(made):
     assert targets and targets == set(re.findall(r'id="(.*?)"', page))
 
 
+def test_the_markdown_says_what_the_page_says(made):
+    out, page = made
+    markdown = (out / "report.md").read_text(encoding="utf-8")
+    tables = [line for line in markdown.splitlines() if line.startswith("| ")]
+    rows = [[re.sub(r"\\(.)", r"\1", cell) for cell in line[2:-2].split(" | ")] for line in tables]
+    shown = [
+        re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>.*?</tr>", page)
+    ]
+    rows = [row for row in rows if row[-1] != "---:"]
+    assert rows == [[html.unescape(cell) for cell in row] for row in shown]
+    linked = set(re.findall(r"^!\[.*\]\((.*)\)$", markdown, re.M))
+    assert linked == {file.name for file in out.glob("*.png")}
+
+
 def test_the_pdf_has_every_figure(made):
     pdf = (made[0] / "report.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-") and pdf.count(b"/Subtype /Image") == 11
@@ -338,6 +353,14 @@ def test_without_data_the_rest_is_made_and_one_line_says_so(our_run, tmp_path, c
     assert "gone" in page and "Confusion" not in page and "Learning curves" in page
     names = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
     assert names == ["curves.png", "sweep_torch_conv.png"]
+
+
+def test_a_network_that_recognises_nothing_has_no_strips(our_run, sample_root, tmp_path):
+    (run,) = records.read_runs([our_run])
+    study = sections.study(run, sample_root, 0)
+    study.answers.predictions = (study.answers.labels + 1) % 10
+    section = sections.explanations(study, sections.Album(tmp_path))
+    assert section.blocks[0].text == "No image was recognised." and not list(tmp_path.iterdir())
 
 
 def test_images_that_the_run_left_out_stay_out(our_run, sample_root):

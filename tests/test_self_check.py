@@ -138,15 +138,22 @@ def test_a_check_without_end_is_ended(body):
     assert threading.active_count() == before
 
 
-def test_a_check_leaves_random_numbers_and_dtypes_as_they_were():
+def test_a_check_starts_the_same_and_leaves_random_numbers_and_dtypes_as_they_were():
     def unruly(code):
-        torch.manual_seed(1), random.seed(1), torch.set_default_dtype(torch.double)
-        return [f"{torch.rand(())}"]
+        seen = f"{torch.get_default_dtype()} {torch.rand(())}"
+        torch.manual_seed(1), random.seed(1), torch.set_default_dtype(torch.half)
+        return [seen]
 
-    states = torch.get_rng_state(), random.getstate(), torch.get_default_dtype()
-    run(Check("conv", 1.0, "unruly", unruly), None)
-    assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1:] == (random.getstate(), torch.get_default_dtype())
+    torch.set_default_dtype(torch.double)
+    try:
+        states = torch.get_rng_state(), random.getstate()
+        first, second = (run(Check("conv", 1.0, "unruly", unruly), None) for _ in range(2))
+        assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+        assert torch.get_default_dtype() == torch.double
+    finally:
+        torch.set_default_dtype(torch.float)
+    assert first.remarks == second.remarks
+    assert first.remarks[0].startswith("torch.float32")
 
 
 def test_a_file_that_seeds_and_changes_the_dtype_gets_its_points():

@@ -60,6 +60,8 @@ CONV = [
      "mean over batch and positions"),
     ("gradient of the bias", GRAD_BIAS, "grad_output.sum(0) if bias",
      "sum over positions is missing"),
+    ("gradient of the bias", "if bias is not None else None\n        return",
+     "if ctx.needs_input_grad[0] else None\n        return", "alone differs from the numeric"),
     ("gradient of the bias", "grad_bias, None, None", "grad_bias", "five values"),
     ("gradient of the bias", "grad_weight, grad_bias", "grad_weight, None", "None in its place"),
     ("CustomConv2d", "torch.zeros(out_channels)) if bias", "torch.zeros(out_channels)) if True",

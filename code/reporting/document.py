@@ -1,10 +1,12 @@
-"""A document of headings, paragraphs, tables and figures, written as one HTML page and as a PDF."""
+"""Headings, paragraphs, tables and figures, written as one HTML page, as Markdown and as a PDF."""
 
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 import matplotlib
@@ -64,6 +66,13 @@ class Document:
         template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
         return template.render(document=self, kind=lambda block: type(block).__name__)
 
+    def markdown(self) -> str:
+        """Beside the figures' files, for a repository, or to be written on in."""
+        parts = [f"# {plain(self.title)}", plain(self.subtitle)]
+        for section in self.sections:
+            parts += [f"## {plain(section.title)}", *map(markdown_of, section.blocks)]
+        return "\n\n".join(parts) + "\n"
+
     def pdf(self) -> bytes:
         """A4 pages whose text can be searched and copied."""
         pages = Pages()
@@ -73,6 +82,22 @@ class Document:
             for block in section.blocks:
                 pages.add(block)
         return bytes(pages.output())
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+
+
+def markdown_of(block: Text | Table | Figure) -> str:
+    if isinstance(block, Text):
+        return plain(block.text)
+    if isinstance(block, Figure):
+        return f"![{plain(block.caption)}]({quote(block.file.name)})\n\n{plain(block.caption)}"
+    rule = ["---", *["---:"] * (len(block.head) - 1)]
+    rows = [rule if row is rule else map(plain, row) for row in (block.head, rule, *block.rows)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + (f"\n\n{plain(block.caption)}" if block.caption else "")
 
 
 class Pages(FPDF):

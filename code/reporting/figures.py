@@ -1,9 +1,9 @@
-"""The report's figures: each function draws one and returns it; `save` writes a small PNG."""
+"""The report's figures: each function draws one and returns it."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -48,9 +48,11 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def save(figure: Figure, file: Path) -> None:
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(file, dpi=figure.dpi, pil_kwargs={"optimize": True})
+        figure.savefig(buffer, dpi=figure.dpi, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
 
 
 def colours(n: int) -> list:

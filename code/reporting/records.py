@@ -28,6 +28,8 @@ LOSS, RATE = "data/training_loss", "data/learning_rate"
 ACCURACIES = ("top1_accuracy", "top5_accuracy")
 PARTS = ("train", "val")
 COLUMNS = [f"{part}_{name}" for part in PARTS for name in ACCURACIES] + [*OF_THE_MACHINE]
+ATTACKED = {"attack", "clean_top1", "attacked_top1", "lights"}  # a row of evaluations.jsonl
+SWEPT = {"sweep", "probed"}
 ROBUST = "robust_top1_accuracy"  # of adversarial training
 EVENT_FILES = "events.out.tfevents.*"
 EPOCH_FILES = f"data_*/{EVENT_FILES}"
@@ -80,11 +82,12 @@ class Run:
 
     def attacks(self) -> list[dict]:
         """What -a found with attacks given by flags, the latest finding of each."""
-        return list({e["attack"]: e for e in self.evaluations if "attack" in e}.values())
+        rows = (e for e in self.evaluations if e.keys() >= ATTACKED)
+        return list({e["attack"]: e for e in rows}.values())
 
     def sweep(self) -> dict | None:
         """The latest finding with accuracies over ε and steps."""
-        return next((e for e in reversed(self.evaluations) if "sweep" in e), None)
+        return next((e for e in reversed(self.evaluations) if e.keys() >= SWEPT), None)
 
     def mean(self, name: str) -> float | None:
         """The mean of a column of metrics.jsonl, None where it has none."""

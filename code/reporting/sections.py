@@ -10,8 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure as Drawing
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
 import pictures
@@ -37,7 +38,7 @@ class Album:
 
     def add(self, name: str, drawing: Drawing, caption: str) -> Figure:
         file = self.folder / f"{name.replace(' ', '_')}.png"
-        figures.save(drawing, file)
+        checkpoint.write_atomically(file, figures.png(drawing))
         return Figure(file, caption, drawing.get_figwidth() / figures.WIDTH)
 
 
@@ -61,6 +62,10 @@ def percent(value: float | None) -> str:
 
 def number(value: float | None, unit: str = "", digits: int = 0, scale: float = 1.0) -> str:
     return NOT_TOLD if value is None else f"{value / scale:,.{digits}f}{unit}"
+
+
+def as_told(value: object) -> str:
+    return NOT_TOLD if value is None else str(value)
 
 
 def of_network(run: Run, count: Callable[[nn.Module], int]) -> int | None:
@@ -105,8 +110,8 @@ def settings(runs: Sequence[Run]) -> list[Table]:
     told = [run for run in runs if run.config]
     if not told:
         return []
-    rows = [[name, *(str(run.argument(name)) for run in told)] for name in SETTINGS]
-    rows += [[name, *(str(run.config.get(name, NOT_TOLD)) for run in told)] for name in ORIGIN]
+    rows = [[name, *map(as_told, (run.argument(name) for run in told))] for name in SETTINGS]
+    rows += [[name, *map(as_told, (run.config.get(name) for run in told))] for name in ORIGIN]
     return [Table(["settings", *(run.label for run in told)], rows)]
 
 
@@ -224,36 +229,47 @@ def confusion(s: Study, album: Album) -> Section:
 
 def explanations(s: Study, album: Album) -> Section:
     """Attack and saliency on images that the network recognises, each of another category."""
-    label, names, network = s.run.label, s.answers.names, s.run.network
-    x, _ = s.validation.images(recognised(s.answers, SHOWN))
-    if len(x) == 0:
-        return Section(f"Single images: {label}", [Text("No image was recognised.")])
-    maps, logits = saliency(network, x)
-    seen = pictures.pixels(x)
-    clean = "clean", seen, pictures.answers(logits, names)
-    blank = [""] * len(x)
+    title = f"Single images: {s.run.label}"
+    chosen = recognised(s.answers, SHOWN)
+    if not chosen:
+        return Section(title, [Text("No image was recognised.")])
+    x, _ = s.validation.images(chosen)
+    return Section(title, [attack_strips(s, x, album), saliency_strips(s, x, album)])
 
-    x_adv = student_code.default_attack(nn.CrossEntropyLoss()).perturb(network, x.clone()).detach()
-    answers = pictures.answers(saliency(network, x_adv)[1], names)
-    changed = pictures.pixels(pictures.difference(x, x_adv, FACTOR))
-    attacked = ("attacked", pictures.pixels(x_adv), answers), (f"change × {FACTOR}", changed, blank)
 
-    gradient = "gradient", pictures.overlay(seen, maps), blank
-    cam = grad_cam(network, x)
-    seen_by = [] if cam is None else [("Grad-CAM", pictures.overlay(seen, cam), blank)]
-    strips = album.add(
-        f"attack_{label}",
-        figures.picture_rows([clean, *attacked]),
-        f"The default attack on images that {label} recognises; above each image the answer. The "
-        "change is drawn around mid-grey.",
+def attack_strips(s: Study, x: Tensor, album: Album) -> Figure:
+    """Images x (n, 3, H, W) before and after the default attack, and what it changed."""
+    attack = student_code.default_attack(nn.CrossEntropyLoss())
+    x_adv = attack.perturb(s.run.network, x.clone()).detach()
+    change = pictures.pixels(pictures.difference(x, x_adv, FACTOR))
+    rows = [
+        ("clean", pictures.pixels(x), verdicts(s, x)),
+        ("attacked", pictures.pixels(x_adv), verdicts(s, x_adv)),
+        (f"change × {FACTOR}", change, [""] * len(x)),
+    ]
+    caption = (
+        f"The default attack on images that {s.run.label} recognises; above each image the "
+        "answer. The change is drawn around mid-grey."
     )
-    maps = album.add(
-        f"saliency_{label}",
-        figures.picture_rows([clean, gradient, *seen_by]),
+    return album.add(f"attack_{s.run.label}", figures.picture_rows(rows), caption)
+
+
+def saliency_strips(s: Study, x: Tensor, album: Album) -> Figure:
+    """Images x (n, 3, H, W), and over them what the answers hang on."""
+    seen, blank = pictures.pixels(x), [""] * len(x)
+    maps = {"gradient": saliency(s.run.network, x)[0], "Grad-CAM": grad_cam(s.run.network, x)}
+    rows = [("clean", seen, verdicts(s, x))]
+    rows += [(name, pictures.overlay(seen, m), blank) for name, m in maps.items() if m is not None]
+    caption = (
         "What the answer hangs on: the pixels whose change would change the loss most, and, of a "
-        "convolutional network, where its last layer saw the category (Grad-CAM).",
+        "convolutional network, where its last layer saw the category (Grad-CAM)."
     )
-    return Section(f"Single images: {label}", [strips, maps])
+    return album.add(f"saliency_{s.run.label}", figures.picture_rows(rows), caption)
+
+
+@torch.no_grad()
+def verdicts(s: Study, x: Tensor) -> list[str]:
+    return pictures.answers(s.run.network(x), s.answers.names)
 
 
 def recognised(answers: Answers, n: int) -> list[int]:

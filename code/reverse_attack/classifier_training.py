@@ -35,7 +35,8 @@ Adversary = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 def train_classifier(args: Namespace) -> None:
     """Keeps the epoch that does best on the held-out slice: under PGD-10 if it is a robust one."""
     place = Place(choose_device(args.device))
-    train, val = data.training_images(args.dataset, args.data_root, args.seed, args.limit)
+    listing = data.list_images(args.dataset, args.data_root, "train")
+    train, val = listing.split(args.seed, args.limit)
     batches = data.AugmentedBatches(train, args.batchsize, args.seed)
     torch.manual_seed(args.seed)
     model = Classifier(resnets.build(args.arch, len(train.classes)), bf16=args.bf16)
