@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from dataclasses import asdict
 
+import torch
 from torch import Tensor, nn
 
 import distributed
@@ -120,7 +121,8 @@ class Evaluation:
             self.book.picture(f"Image/{tag}", student_code.default_visfunction(batch), step)
         columns = []
         for batch in (x[:SHOWN], x_adv[:SHOWN]):
-            found = pictures.answers(saliency(self.model, batch)[1], self.categories)
+            with torch.no_grad():
+                found = pictures.answers(self.model(batch), self.categories)
             columns.append((pictures.pixels(batch), found))
         truth = [f"true: {self.categories[label]}" for label in y[:SHOWN].tolist()]
         columns.append((pictures.pixels(changed[:SHOWN]), [f"difference x {k}"] * len(truth)))

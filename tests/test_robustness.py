@@ -12,7 +12,7 @@ from torch import nn
 import robustness
 from attacks import PGD
 from geometry import Pixels, size
-from robustness import budget, describe, health_lights, noisy, sweep, table, wilson
+from robustness import budget, describe, health_lights, noisy, sweep, table, vanished, wilson
 from square_attack import Square
 
 PIXELS = Pixels("255", (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
@@ -119,6 +119,18 @@ def test_square_keeps_to_ball_and_box_and_beats_noise(norm, goal, data):
     assert left(model, x_adv, y) < left(model, noise, y) - 20
     again = replace(square, generator=torch.Generator().manual_seed(0)).perturb(model, x, y)
     assert torch.equal(x_adv, again)
+
+
+def test_a_gradient_vanishes_where_it_is_zero_at_every_pixel(data):
+    class OfOneHalf(Healthy):
+        def forward(self, x):
+            dull = x[:, :1, :1, :1].mean((1, 2, 3)) > x[:, :1, :1, :1].mean()
+            x = torch.cat([x[:, :, :6], x[:, :, 6:].detach()], 2)
+            return super().forward(torch.where(dull[:, None, None, None], x.detach(), x))
+
+    x, y = data
+    first = x[:, 0, 0, 0]
+    assert vanished(OfOneHalf(), x, y).tolist() == (first > first.mean()).tolist()
 
 
 def test_square_asks_no_gradient_and_keeps_the_best_it_saw(data):

@@ -43,11 +43,9 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def attack(args: Namespace) -> None:
     device = options.choose_device(args.device)
-    path = classifier.find(args.weights, args.dataset, args.arch)
-    images = data.test_images(args.dataset, args.data_root, args.seed, args.limit)
-    trained = classifier.load(path, args.arch, len(images.classes), args.bf16)
-    trained.model.to(device)
-    print(f"Classifier: {os.path.relpath(path)}; {len(images)} test images")
+    listing = data.list_images(args.dataset, args.data_root, "test")
+    trained = classifier.from_args(args, len(listing.classes), device)
+    images = listing.sample(args.seed, args.limit)
     for norm in NORMS if args.norm == "all" else (args.norm,):
         made = attack_all(args, norm, trained, images, device)
         to = attack_sets.save(made, args.savepath or args.data_root, norm, args.attack_iters)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +105,15 @@ def find(weights: str | None, dataset: str, arch: str) -> Path:
         f"no {arch} classifier for {dataset} yet: train one with "
         "reverse_attack/train.py --task Robust, or name a file with --weights"
     )
+
+
+def from_args(args: Namespace, num_classes: int, device: torch.device) -> Trained:
+    """The classifier that the command line means, in evaluation mode on the device."""
+    path = find(args.weights, args.dataset, args.arch)
+    trained = load(path, args.arch, num_classes, args.bf16)
+    trained.model.to(device)
+    print(f"Classifier: {os.path.relpath(path)}", flush=True)
+    return trained
 
 
 def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> Trained:

@@ -22,7 +22,7 @@ NARROW_WIDTHS = (128, 16)
 
 
 class Head(nn.Sequential):
-    """Features `(M, D)` to embeddings `(M, E)`."""
+    """Features `(..., D)` to embeddings `(..., E)`."""
 
     def __init__(self, features: int):
         hidden, out = WIDTHS.get(features, NARROW_WIDTHS)
@@ -32,6 +32,9 @@ class Head(nn.Sequential):
             nn.ReLU(),
             nn.Linear(hidden, out),
         )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
 
 def info_nce(z: Tensor, similarity: str = "Cosine", bank: Tensor | None = None) -> Tensor:
@@ -88,6 +91,6 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         seen = views(x, self.n_views, self.generator)
-        z = self.head(self.classifier.features(seen.flatten(0, 1))).unflatten(0, seen.shape[:2])
+        features = self.classifier.features(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
         bank = None if self.bank is None else self.head(self.bank)
-        return info_nce(z, self.similarity, bank)
+        return info_nce(self.head(features), self.similarity, bank)

@@ -56,28 +56,11 @@ def permutation(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
-def test_images(dataset: str, root: Path, seed: int, limit: int | None = None) -> Images:
-    """The first `limit` test images in the seed's order: class folders are sorted by class."""
-    listing = list_images(dataset, root, "test")
-    return listing.read(permutation(len(listing.y), seed)[:limit], root)
-
-
-def training_images(
-    dataset: str, root: Path, seed: int, limit: int | None = None
-) -> tuple[Images, Images]:
-    """Training images in the seed's order, at most `limit`, and the held-out slice, likewise."""
-    listing = list_images(dataset, root, "train")
-    order = permutation(len(listing.y), PARTITION_SEED)
-    held_out = max(1, round(HELD_OUT * len(order)))
-    train, val = order[held_out:], order[:held_out][:limit]
-    train = train[permutation(len(train), seed)][:limit]
-    return listing.read(train, root), listing.read(val, root)
-
-
 @dataclass
 class Listing:
     """The images of one split before they are read: where they are, and their labels."""
 
+    root: Path
     name: str
     y: Tensor
     classes: list[str]
@@ -85,23 +68,34 @@ class Listing:
     prepare: Callable[[np.ndarray], np.ndarray] = lambda image: image
     pixels: np.ndarray | None = None  # (N, H, W, 3), once they are known
 
-    def read(self, indices: Tensor, root: Path) -> Images:
+    def sample(self, seed: int, limit: int | None = None) -> Images:
+        """The first `limit` images in the seed's order: class folders are sorted by class."""
+        return self.read(permutation(len(self.y), seed)[:limit])
+
+    def split(self, seed: int, limit: int | None = None) -> tuple[Images, Images]:
+        """At most `limit` images to train on, in the seed's order, and the held-out slice."""
+        order = permutation(len(self.y), PARTITION_SEED)
+        held_out = max(1, round(HELD_OUT * len(order)))
+        train, val = order[held_out:], order[:held_out][:limit]
+        return self.read(train[permutation(len(train), seed)][:limit]), self.read(val)
+
+    def read(self, indices: Tensor) -> Images:
         """Some of the images: from the cache if it holds these very files, else decoded.
 
         The cache is written when most of the images are asked for.
         """
         if self.pixels is None and len(indices) < len(self.y) / 2:
-            cache = self._cache(root)
+            cache = self._cache()
             few = np.load(cache, mmap_mode="r") if cache.exists() else None
             pixels = self._decode(indices) if few is None else few[indices.numpy()]
         else:
-            pixels = self._all(root)[indices.numpy()]
+            pixels = self._all()[indices.numpy()]
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         return Images(x, self.y[indices], self.classes)
 
-    def _all(self, root: Path) -> np.ndarray:
+    def _all(self) -> np.ndarray:
         if self.pixels is None:
-            cache = self._cache(root)
+            cache = self._cache()
             if cache.exists():
                 self.pixels = np.load(cache, mmap_mode="r")
             else:
@@ -112,13 +106,13 @@ class Listing:
                     partial.replace(cache)
         return self.pixels
 
-    def _cache(self, root: Path) -> Path:
+    def _cache(self) -> Path:
         """Its name changes with any file's name, size or time."""
         sums = hashlib.sha256()
         for path in self.paths:
             stat = path.stat()
             sums.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return root / "cache" / f"{self.name}-{sums.hexdigest()[:12]}.npy"
+        return self.root / "cache" / f"{self.name}-{sums.hexdigest()[:12]}.npy"
 
     def _decode(self, indices: Iterable[int]) -> np.ndarray:
         images = []
@@ -138,7 +132,7 @@ def list_images(dataset: str, root: Path, split: str) -> Listing:
     if dataset == "miniplaces":
         return _list_miniplaces(root, "train" if split == "train" else "val")
     if (root / "cifar10" / split).is_dir():
-        return _list_folders(root / "cifar10" / split, f"cifar10-{split}")
+        return _list_folders(root, split)
     if (root / "cifar-10-batches-py").is_dir():
         return _list_torchvision(root, split)
     raise UserError(
@@ -147,13 +141,14 @@ def list_images(dataset: str, root: Path, split: str) -> Listing:
     )
 
 
-def _list_folders(folder: Path, name: str) -> Listing:
+def _list_folders(root: Path, split: str) -> Listing:
+    folder = root / "cifar10" / split
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
     files = [sorted(p for p in (folder / c).iterdir() if p.is_file()) for c in classes]
     if not all(files) or not classes:
         raise UserError(f"{folder} has no class folders, or one without images")
     y = torch.repeat_interleave(torch.tensor([len(f) for f in files]))
-    return Listing(name, y, classes, [p for f in files for p in f])
+    return Listing(root, f"cifar10-{split}", y, classes, [p for f in files for p in f])
 
 
 def _list_torchvision(root: Path, split: str, download: bool = False) -> Listing:
@@ -164,7 +159,7 @@ def _list_torchvision(root: Path, split: str, download: bool = False) -> Listing
     except (OSError, RuntimeError) as e:  # missing, damaged, or the network
         reason = str(e).splitlines()[0]
         raise UserError(f"torchvision's CIFAR-10 in {root}: {reason}; try --download") from None
-    return Listing("cifar10", torch.tensor(found.targets), found.classes, pixels=found.data)
+    return Listing(root, "cifar10", torch.tensor(found.targets), found.classes, pixels=found.data)
 
 
 def _list_miniplaces(root: Path, split: str) -> Listing:
@@ -173,7 +168,7 @@ def _list_miniplaces(root: Path, split: str) -> Listing:
     classes = [names.get(str(i), str(i)) for i in range(loader.num_classes)]
     paths = [loader.image_folder / p for p in loader.paths]
     centre = Compose([Scale(144), CenterCrop(128)])  # what main.py's classifiers are shown
-    return Listing(f"miniplaces-{split}", torch.tensor(loader.labels), classes, paths, centre)
+    return Listing(root, f"miniplaces-{split}", torch.tensor(loader.labels), classes, paths, centre)
 
 
 def download_cifar10(root: Path) -> None:

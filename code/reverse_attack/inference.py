@@ -7,7 +7,6 @@ python reverse_attack/inference.py --task random --norm l_inf      # noise of th
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from argparse import Namespace
@@ -21,7 +20,7 @@ import _path  # noqa: F401
 import attack_sets
 import classifier
 import data
-import head_training
+import heads
 import logbook
 import options
 from arguments import at_least
@@ -49,7 +48,7 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def make_repair(args: Namespace, trained: Trained, device: torch.device) -> Repair | None:
+def make_repair(args: Namespace, trained: Trained) -> Repair | None:
     """What happens to the images before the classifier sees them; None = nothing."""
     norm = "linf" if args.norm == "clean" else NORMS[args.norm]
     radius = REVERSAL_FACTOR * BUDGETS[norm] if args.epsilon is None else args.epsilon
@@ -57,34 +56,24 @@ def make_repair(args: Namespace, trained: Trained, device: torch.device) -> Repa
         return None
     if args.task == "random":
         return lambda x, seed: noise(x, norm, radius, seed)
-    path, content = head_training.find_head(args.head, trained, args.dataset)
-    head, bank = head_training.load_head(trained, path, content)
-    print(f"Head: {os.path.relpath(path)}")
-    loss = head_training.contrastive_loss(
-        trained,
-        head,
-        content["loss"],
-        args.n_views,
-        bank if args.negatives == "bank" else None,
-        device,
-    )
+    loss = heads.from_args(args, trained).loss(trained, args.n_views, args.negatives)
     return Reversal(loss, norm, radius, args.alpha, args.attack_iter)
 
 
 def infer(args: Namespace) -> None:
     device = options.choose_device(args.device)
-    path = classifier.find(args.weights, args.dataset, args.arch)
-    images = data.test_images(args.dataset, args.data_root, args.seed, args.limit)
-    trained = classifier.load(path, args.arch, len(images.classes), args.bf16)
-    trained.model.to(device)
-    print(f"Classifier: {os.path.relpath(path)}")
-    x, y = data.as_pixels(images.x), images.y
-    if args.norm != "clean":
+    listing = data.list_images(args.dataset, args.data_root, "test")
+    trained = classifier.from_args(args, len(listing.classes), device)
+    repair = make_repair(args, trained)
+    if args.norm == "clean":
+        images = listing.sample(args.seed, args.limit)
+        x, y = data.as_pixels(images.x), images.y
+    else:
         found = attack_sets.load(
             args.data_root, args.norm, args.iter, trained.sha256, args.transfer
         )
         x, y = found.x[: args.limit], found.y[: args.limit]
-    rows = measure(trained.model, x, y, make_repair(args, trained, device), args, device)
+    rows = measure(trained.model, x, y, repair, args, device)
     report(args, trained, rows)
 
 

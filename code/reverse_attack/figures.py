@@ -1,0 +1,246 @@
+"""The pictures of Part IV, to results/reverse_*.png and to TensorBoard. From code/:
+
+python reverse_attack/figures.py
+python reverse_attack/figures.py --only iterations loss_curve
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import _path  # noqa: F401
+import classifier
+import data
+import head_training
+import heads
+import logbook
+import options
+from arguments import at_least
+from attack_sets import NORMS
+from attacks import PGD, cross_entropy
+from checkpoint import write_atomically
+from classifier import Classifier
+from contrastive import SIMILARITIES, ContrastiveLoss
+from reversal import BUDGETS, Reversal, pixels_of
+from robustness import wilson
+from utils import UserError
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+ITERATIONS = (0, 5, 10, 15)
+LAST_ITERATION = 20
+SHOWN = 6  # images of a picture
+SHORT = (10, 2)  # steps and views of the reversals that figures need many of
+BATCH_SIZES = (32, 128, 512)
+HEAD_STEPS = 600
+NUMBERS = ("loss_curve", "heads_compared")  # figures whose numbers are kept beside them
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = options.parser("Draw what the attacks and their reversal do.", 100)
+    add = parser.add_argument
+    add("--head", metavar="FILE", help="instead of the newest head of this classifier")
+    add("--only", nargs="+", choices=FIGURES, default=list(FIGURES), help="these figures")
+    add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for the .png files")
+    add("--head_images", type=at_least(int, 2), default=4000, help="that heads are trained on")
+    args = parser.parse_args(argv)
+    args.limit = args.limit or 200
+    return args
+
+
+@dataclass
+class Subject:
+    """What all figures look at."""
+
+    args: Namespace
+    model: Classifier
+    contrastive: ContrastiveLoss
+    x: Tensor
+    y: Tensor
+    device: torch.device
+
+    def attack(self, norm: str, steps: int, loss=cross_entropy) -> PGD:
+        """From the clean image, in steps of a quarter of epsilon, so that runs share their path."""
+        epsilon = BUDGETS[norm]
+        return PGD(
+            norm=norm,
+            epsilon=epsilon,
+            steps=steps,
+            step_size=epsilon / 4,
+            loss=loss,
+            pixels=pixels_of(norm),
+        )
+
+    def reverse(self, x: Tensor, loss: ContrastiveLoss | None = None) -> Tensor:
+        steps, n_views = SHORT
+        base = loss or self.contrastive
+        loss = ContrastiveLoss(base.classifier, base.head, base.similarity, n_views, base.bank)
+        return Reversal(loss.eval(), steps=steps)(x, self.args.seed)
+
+
+def iterations(subject: Subject) -> dict:
+    """Attacked images `(iterations, SHOWN, 3, H, W)` for each norm."""
+    x, y = subject.x[:SHOWN], subject.y[:SHOWN]
+    return {
+        name: torch.stack(
+            [subject.attack(norm, k).perturb(subject.model, x, y) for k in ITERATIONS]
+        ).cpu()
+        for name, norm in NORMS.items()
+    }
+
+
+def loss_curve(subject: Subject) -> dict:
+    """The mean test loss at each iteration, for each norm."""
+    curves = {}
+    for name, norm in NORMS.items():
+        seen = []
+
+        def recorded(logits: Tensor, y: Tensor, t: Tensor | None, seen=seen) -> Tensor:
+            loss = cross_entropy(logits, y, t)
+            seen.append(loss.mean().item())
+            return loss
+
+        attack = subject.attack(norm, LAST_ITERATION + 1, recorded)  # a step sees the one before
+        attack.perturb(subject.model, subject.x, subject.y)
+        curves[name] = seen
+    return curves
+
+
+def vectors(subject: Subject) -> dict:
+    """Original, attack vector, attacked, reversal vector, recovered: each `(SHOWN, 3, H, W)`."""
+    x, y = subject.x[:SHOWN], subject.y[:SHOWN]
+    attacked = subject.attack("linf", 10).perturb(subject.model, x, y)
+    recovered = subject.reverse(attacked)
+    return {
+        "original": x.cpu(),
+        "attack vector": (attacked - x).cpu(),
+        "attacked": attacked.cpu(),
+        "reversal vector": (recovered - attacked).cpu(),
+        "recovered": recovered.cpu(),
+    }
+
+
+@torch.no_grad()
+def held_out_loss(subject: Subject, x: Tensor, draws: int = 4) -> Tensor:
+    """The contrastive loss of each image, averaged over views that no reversal has seen."""
+    loss = subject.contrastive
+    loss.generator.manual_seed(subject.args.seed + 1)
+    return torch.stack([loss(x) for _ in range(draws)]).mean(0).cpu()
+
+
+def loss_histogram(subject: Subject) -> dict:
+    """The contrastive loss of clean, attacked and reversed images on held-out views."""
+    attacked = subject.attack("linf", 10).perturb(subject.model, subject.x, subject.y)
+    kinds = {
+        "clean": subject.x,
+        "attacked": attacked,
+        "attacked, reversed": subject.reverse(attacked),
+        "clean, reversed": subject.reverse(subject.x),
+    }
+    return {name: held_out_loss(subject, x).tolist() for name, x in kinds.items()}
+
+
+def heads_compared(subject: Subject) -> list[dict]:
+    """Heads by similarity and batch size: held-out loss, accuracy on reversed attacked images."""
+    args, model, device = subject.args, subject.model, subject.device
+    listing = data.list_images(args.dataset, args.data_root, "train")
+    train, val = listing.split(args.seed, args.head_images)
+    cached = head_training.features_of_views(model, train, 4, args.seed, device)
+    features = head_training.ViewFeatures(model, train, 4, device, cached)
+    held_out = head_training.features_of_views(model, val, 4, args.seed + 1, device)
+    attacked = subject.attack("linf", 10).perturb(model, subject.x, subject.y)
+    rows = []
+    for similarity in SIMILARITIES:
+        for batchsize in BATCH_SIZES:
+            epochs = max(1, HEAD_STEPS * batchsize // len(train))
+            fitted = head_training.fit(
+                features, similarity, epochs, batchsize, 1e-3, "Adam", args.seed
+            )
+            *_, (head, _) = fitted
+            loss = head_training.held_out_loss(head, held_out, similarity)
+            bank = subject.contrastive.bank
+            contrastive = ContrastiveLoss(model, head.eval(), similarity, 2, bank)
+            with torch.no_grad():
+                right = model(subject.reverse(attacked, contrastive)).argmax(1) == subject.y
+            hits, n = right.sum().item(), len(right)
+            rows.append(
+                {
+                    "similarity": similarity,
+                    "batchsize": batchsize,
+                    "held_out_loss": loss,
+                    "reversed": 100 * hits / n,
+                    "interval": wilson(hits, n),
+                    "n": n,
+                }
+            )
+            print(f"{similarity}, batch {batchsize}: loss {loss:.3f}, reversed {hits}/{n}")
+    return rows
+
+
+FIGURES = {f.__name__: f for f in (iterations, loss_curve, vectors, loss_histogram, heads_compared)}
+
+
+def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook) -> None:
+    """Measure and plot these figures; each becomes a PNG and a picture in TensorBoard."""
+    import plots
+
+    plotted = {
+        "iterations": lambda found: plots.iterations(found, ITERATIONS),
+        "loss_curve": lambda found: plots.loss_curve(found, len(subject.x)),
+        "vectors": plots.vectors,
+        "loss_histogram": plots.loss_histogram,
+        "heads_compared": plots.heads_compared,
+    }
+    numbers = options.provenance(subject.args, subject.device)
+    for name in names:
+        found = FIGURES[name](subject)
+        if name in NUMBERS:
+            numbers[name] = found
+        fig = plotted[name](found)
+        path = folder / f"reverse_{name}.png"
+        fig.savefig(path, dpi=plots.DPI)
+        fig.canvas.draw()
+        pixels = torch.from_numpy(plots.pixels(fig)).permute(2, 0, 1).float() / 255
+        book.picture(f"Reverse/{name}", pixels, 0)
+        print(f"{path.name} is drawn", flush=True)
+    text = json.dumps(numbers, indent=2) + "\n"
+    write_atomically(folder / "reverse_figures.json", text.encode())
+
+
+def figures(args: Namespace) -> None:
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("the figures need matplotlib: pip install matplotlib")
+    device = options.choose_device(args.device)
+    listing = data.list_images(args.dataset, args.data_root, "test")
+    trained = classifier.from_args(args, len(listing.classes), device)
+    contrastive = heads.from_args(args, trained).loss(trained, 4)
+    images = listing.sample(args.seed, args.limit)
+    subject = Subject(
+        args,
+        trained.model,
+        contrastive,
+        data.as_pixels(images.x).to(device),
+        images.y.to(device),
+        device,
+    )
+    folder = logbook.run_of(trained.path) or logbook.new_run("figures")
+    args.results.mkdir(parents=True, exist_ok=True)
+    with logbook.Logbook(folder) as book:
+        draw(subject, args.only, args.results, book)
+    print(f"Pictures: {args.results}; tensorboard --logdir={os.path.relpath(folder)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return options.run(figures, parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Figures with matplotlib from what figures.py measured; each function returns one figure."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+VECTOR_GAIN = 8  # of attack and reversal vectors, around mid-grey
+DPI = 110
+
+
+def picture(x: Tensor) -> np.ndarray:
+    """`(N, 3, H, W)` side by side: `(H, N W, 3)`."""
+    return np.concatenate(list(x.clamp(0, 1).permute(0, 2, 3, 1).numpy()), axis=1)
+
+
+def strips(rows: dict[str, Tensor], title: str) -> plt.Figure:
+    """A strip of images for each name."""
+    fig, axes = plt.subplots(len(rows), 1, figsize=(7, 1.25 * len(rows)), layout="constrained")
+    for axis, (name, x) in zip(axes, rows.items(), strict=True):
+        axis.imshow(picture(x), interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    fig.suptitle(title)
+    return fig
+
+
+def iterations(images: dict[str, Tensor], counts: tuple[int, ...]) -> plt.Figure:
+    rows = {
+        f"{norm}, {k}": x
+        for norm, by_iteration in images.items()
+        for k, x in zip(counts, by_iteration, strict=True)
+    }
+    return strips(rows, "Attacked images by norm and iteration")
+
+
+def vectors(images: dict[str, Tensor]) -> plt.Figure:
+    rows = {
+        f"{name} ×{VECTOR_GAIN}" if "vector" in name else name: (
+            0.5 + VECTOR_GAIN * x if "vector" in name else x
+        )
+        for name, x in images.items()
+    }
+    return strips(rows, "Attack and reversal, l_inf")
+
+
+def loss_curve(curves: dict[str, list[float]], n: int) -> plt.Figure:
+    fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for name, losses in curves.items():
+        axis.plot(range(len(losses)), losses, marker=".", label=name)
+    axis.set(xlabel="iteration of the attack", ylabel=f"mean test loss (n = {n})")
+    axis.legend()
+    return fig
+
+
+def loss_histogram(losses: dict[str, list[float]]) -> plt.Figure:
+    fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    bins = np.histogram_bin_edges(sum(losses.values(), []), 30)
+    for name, values in losses.items():
+        label = f"{name} (mean {np.mean(values):.2f})"
+        axis.hist(values, bins, histtype="step", linewidth=1.5, label=label)
+    axis.set(xlabel="contrastive loss on views no reversal has seen", ylabel="images")
+    axis.legend()
+    return fig
+
+
+def heads_compared(rows: list[dict]) -> plt.Figure:
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
+    for similarity in dict.fromkeys(row["similarity"] for row in rows):
+        mine = [row for row in rows if row["similarity"] == similarity]
+        sizes = [row["batchsize"] for row in mine]
+        left.plot(sizes, [row["held_out_loss"] for row in mine], marker="o", label=similarity)
+        accuracy = np.array([row["reversed"] for row in mine])
+        low, high = np.array([row["interval"] for row in mine]).T
+        right.errorbar(
+            sizes,
+            accuracy,
+            (accuracy - low, high - accuracy),
+            marker="o",
+            capsize=3,
+            label=similarity,
+        )
+    for axis in (left, right):
+        axis.set(xscale="log", xlabel="images in a batch of the head's training")
+        axis.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.legend()
+    left.set_ylabel("held-out contrastive loss")
+    right.set_ylabel(f"accuracy after reversal, % (n = {rows[0]['n']})")
+    return fig
+
+
+def pixels(fig: plt.Figure) -> np.ndarray:
+    """The drawn figure as RGB, uint8, (H, W, 3)."""
+    return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()
