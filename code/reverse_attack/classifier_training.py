@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint
 import classifier
 import data
 import engine
 import resnets
-from attacks import FGSM, PGD, Attack
+from adversarial_training import STEPS, AdversarialTraining, Objective, ordinary
+from attacks import PGD, Attack
 from classifier import Classifier
 from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
@@ -23,13 +22,7 @@ from logbook import Console, Logbook, new_run
 from options import choose_device, write_config
 
 LEVELS = Pixels("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-ATTACKS = {
-    "fgsm-rs": FGSM(random_start=True, pixels=LEVELS),
-    "pgd": PGD(steps=7, random_start=True, pixels=LEVELS),
-}
 JUDGED = 500  # held-out images that PGD-10 attacks after each epoch
-
-Adversary = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
 def train_classifier(args: Namespace) -> None:
@@ -45,8 +38,6 @@ def train_classifier(args: Namespace) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, max(2, args.epochs * len(batches)), cycle_momentum=False
     )
-    robust = args.task == "Robust"
-    adversary = attacked_by(replace(ATTACKS[args.at], epsilon=args.epsilon)) if robust else None
     judge = PGD(epsilon=args.epsilon, steps=10, early_stop=True, pixels=LEVELS)
 
     folder = new_run(classifier.kind(args.task, args.dataset, args.arch))
@@ -56,14 +47,12 @@ def train_classifier(args: Namespace) -> None:
     with Logbook(folder) as book:
         for epoch in range(args.epochs):
             batches.epoch = epoch
-            scores = one_epoch(
-                model, batches, optimizer, scheduler, place, args, epoch, adversary, book
-            )
+            scores = one_epoch(model, batches, optimizer, scheduler, place, args, epoch, book)
             clean = accuracy(model, val, place)
             attacked = accuracy(model, val.take(slice(JUDGED)), place, judge)
             book.epoch(epoch + 1, scores, clean, robust_top1_accuracy=attacked.acc1)
             print(f"Held out: clean {clean.acc1:.2f} %, PGD-10 {attacked.acc1:.2f} %", flush=True)
-            judged = attacked.acc1 if robust else clean.acc1
+            judged = attacked.acc1 if args.task == "Robust" else clean.acc1
             if judged > best:
                 best = judged
                 content = content_of(model, args, epoch + 1, clean, attacked)
@@ -71,8 +60,13 @@ def train_classifier(args: Namespace) -> None:
     print(f"Best on the held-out slice: {best:.2f} %")
 
 
-def attacked_by(attack: Attack) -> Adversary:
-    return lambda model, x, y, step: attack.perturb(model, x, y)
+def objective_of(args: Namespace) -> Objective:
+    """What each batch descends: its loss, or that of the attacked batch."""
+    if args.task == "Clean":
+        return ordinary
+    return AdversarialTraining(
+        mode=args.at, epsilon=args.epsilon, steps=STEPS[args.at], pixels=LEVELS
+    )
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -89,11 +83,10 @@ def one_epoch(
     place: Place,
     args: Namespace,
     epoch: int,
-    adversary: Adversary | None,
     book: Logbook,
 ) -> Scores:
     tally, clock, criterion = Tally(place.device), Clock(), nn.CrossEntropyLoss()
-    steps = engine.train_epoch(  # no clipping of gradients
+    steps = engine.train_epoch(
         model,
         batches,
         criterion,
@@ -103,8 +96,7 @@ def one_epoch(
         tally,
         clock,
         args.seed,
-        0,
-        adversary,
+        objective=objective_of(args),
     )
     with Console(len(batches), print_freq=50) as console:
         for i, rate in enumerate(steps):

@@ -28,6 +28,9 @@ def parse(argv: list[str] | None) -> Namespace:
     parser = options.parser("Evaluate the reversal, adaptively.", 125)
     add = parser.add_argument
     add("--protocol", choices=PROTOCOLS, default="quick")
+    add(
+        "--adaptive_limit", type=at_least(int, 1), metavar="N", help="of these for adaptive attacks"
+    )
     add("--epsilon", type=at_least(float, 0), default=BUDGETS["linf"], help="attacks', in /255")
     add("--head", metavar="FILE", help="instead of the newest head of this classifier")
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for .json and .md")
@@ -36,15 +39,13 @@ def parse(argv: list[str] | None) -> Namespace:
 
 def evaluate(args: Namespace) -> None:
     device = options.choose_device(args.device)
-    size = PROTOCOLS[args.protocol]
-    if args.limit:
-        fewer = min(args.limit, size.n_adaptive)
-        size = dataclasses.replace(size, n=min(args.limit, size.n), n_adaptive=fewer)
     listing = data.list_images(args.dataset, args.data_root, "test")
     trained = classifier.from_args(args, len(listing.classes), device)
     head = heads.from_args(args, trained)
-    images = listing.sample(args.seed, size.n)
-    size = dataclasses.replace(size, n=len(images), n_adaptive=min(len(images), size.n_adaptive))
+    size = PROTOCOLS[args.protocol]
+    images = listing.sample(args.seed, min(args.limit or size.n, size.n))
+    few = min(args.adaptive_limit or size.n_adaptive, size.n_adaptive, len(images))
+    size = dataclasses.replace(size, n=len(images), n_adaptive=few)
     evaluation = Evaluation(
         model=trained.model,
         contrastive=head.loss(trained, 2),

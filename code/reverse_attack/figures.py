@@ -30,8 +30,8 @@ from attacks import PGD, cross_entropy
 from checkpoint import write_atomically
 from classifier import Classifier
 from contrastive import SIMILARITIES, ContrastiveLoss
-from intervals import wilson
 from reversal import BUDGETS, Reversal, pixels_of
+from robustness import wilson
 from utils import UserError
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -177,7 +177,7 @@ def heads_compared(subject: Subject) -> list[dict]:
                     "batchsize": batchsize,
                     "held_out_loss": loss,
                     "reversed": 100 * hits / n,
-                    "interval": [100 * share for share in wilson(hits, n)],
+                    "interval": wilson(hits, n),
                     "n": n,
                 }
             )

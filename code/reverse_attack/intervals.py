@@ -1,4 +1,4 @@
-"""What a count is worth: Wilson's interval, the exact test of paired answers."""
+"""What counts are worth: the exact test of paired answers, an interval in words."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share, from 0 to 1 (Wilson, 1927)."""
-    share, z2 = hits / n, Z**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+from robustness import wilson
 
 
 def mcnemar(fixed: int, broken: int) -> float:
@@ -52,4 +44,4 @@ class Paired:
 def percent(hits: int, n: int) -> str:
     """`52.4 [48.0, 56.7]`."""
     low, high = wilson(hits, n)
-    return f"{100 * hits / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * hits / n:.1f} [{low:.1f}, {high:.1f}]"

@@ -12,8 +12,9 @@ from argparse import Namespace
 
 import _path  # noqa: F401
 import options
+from adversarial_training import STEPS
 from arguments import at_least
-from classifier_training import ATTACKS, train_classifier
+from classifier_training import train_classifier
 from contrastive import SIMILARITIES
 from head_training import train_head
 
@@ -31,7 +32,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--epochs", type=at_least(int, 1))
     add("--lr", type=at_least(float, 0))
     add("--optim", choices=("Adam", "SGD"))
-    add("--at", choices=ATTACKS, default="fgsm-rs", help="adversarial training of Robust")
+    add("--at", choices=STEPS, default="fgsm-rs", help="adversarial training of Robust")
     add("--epsilon", type=at_least(float, 0, 255), default=8.0, help="its l_inf budget, in /255")
     add("--loss", choices=SIMILARITIES, default="Cosine", help="similarity of views, SSL")
     add("--n_views", type=at_least(int, 2), default=4, help="of each image, SSL")

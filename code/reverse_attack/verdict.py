@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import write_atomically
-from intervals import Paired, percent, wilson
+from intervals import Paired, percent
 from protocol import BPDA, Cost, Result, Table
+from robustness import wilson
 from utils import UserError
 
 LEVEL = 0.05  # of significance
@@ -40,8 +41,7 @@ def row_of(result: Result) -> dict:
     row: dict = {"n": n}
     for name in ("static", "defended"):
         hits = getattr(result, name).sum().item()
-        low, high = wilson(hits, n)
-        row |= {name: 100 * hits / n, f"{name}_interval": [100 * low, 100 * high]}
+        row |= {name: 100 * hits / n, f"{name}_interval": wilson(hits, n)}
     row |= {"gain": paired.gain, "fixed": paired.fixed, "broken": paired.broken, "p": paired.p}
     for name in ("attack", "defence"):
         cost = getattr(result, name)
