@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("-p", "--print-freq", type=at_least(int, 1), default=10, help="batches between lines")
     add("--seed", type=at_least(int, 0, 2**32 - 1), default=2024)
-    add("--gpu", type=at_least(int, -1), help="id, 0 by default; -1 = CPU")
+    add("--gpu", type=at_least(int, -1), help="id, the first by default; -1 = CPU")
     add("--use-mps", action="store_true", help="Apple's GPU")
     add("--amp", choices=("off", "bf16", "fp16"), default="off", help="numbers of 16 bits; GPUs")
     add("--compile", action="store_true", help="torch.compile: minutes to start, faster steps")
@@ -142,7 +142,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for message in contradictions(args, kinds, parser.get_default):
         parser.error(message)
     args.kind = KIND_FLAGS[kinds[0]] if kinds else None
-    args.gpu = 0 if args.gpu is None else args.gpu
     args.at = "pgd" if args.pgd else args.at
     return args
 

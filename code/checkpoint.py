@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import distributed
 from adversarial_training import Watchdog
 from utils import UserError
 
@@ -51,12 +52,15 @@ class Progress:
 def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> None:
     """Replace `path` by `data`; whatever happens, the old or the new content is there, whole.
 
+    Of several processes, rank 0 writes.
     The old content is kept as `previous`, once the new one is in place: it may be a damaged file,
     and what `previous` held the only good one.
 
     Raises:
         UserError: the disk is full, or the folder is missing or not writable.
     """
+    if not distributed.leads():
+        return
     partial = path.with_name(path.name + ".part")
     spare = path.with_name(path.name + ".old")
     try:

@@ -35,6 +35,7 @@ VALIDATION_BATCH = 100
 GET_DATA = "get the images with: sh download_dataset.sh"
 
 Key = tuple[int, int]  # (epoch, index)
+WHOLE = slice(0, None, 1)
 
 
 class MiniPlacesLoader(Dataset):
@@ -194,12 +195,13 @@ def _existing(folder: Path) -> Path:
 class EpochBatches:
     """A batch sampler whose order follows from (seed, epoch); yields lists of (epoch, index).
 
+    share: the part of each batch that is yielded; several processes take one each.
     The last partial batch is dropped. Call `set_position` before each epoch; the length is always
     that of a whole epoch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+    def __init__(self, n: int, batch_size: int, seed: int, share: slice = WHOLE) -> None:
+        self.n, self.batch_size, self.seed, self.share = n, batch_size, seed, share
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
@@ -218,7 +220,8 @@ class EpochBatches:
         epoch, size = self.epoch, self.batch_size
         order = self._order(epoch).tolist()
         for batch in range(self.start_batch, len(self)):
-            yield [(epoch, index) for index in order[batch * size : (batch + 1) * size]]
+            whole = order[batch * size : (batch + 1) * size]
+            yield [(epoch, index) for index in whole[self.share]]
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, epoch)).permutation(self.n)
@@ -322,27 +325,39 @@ def _collate(samples: list | UserError):
 
 
 def training_batches(
-    dataset: Dataset, batch_size: int, seed: int, workers: int, pin_memory: bool = False
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    pin_memory: bool = False,
+    share: slice = WHOLE,
 ) -> Batches:
     """Shuffled batches (N, C, H, W), (N,); `.batch_sampler.set_position(epoch, batch)` steers them.
 
     Raises:
-        UserError: there are fewer images than one batch takes.
+        UserError: there are fewer images than one batch takes, or a batch has no equal shares.
     """
+    if batch_size % share.step:
+        raise UserError(f"-b {batch_size} does not divide among {share.step} processes")
     if len(dataset) < batch_size:
         raise UserError(
             f"{len(dataset)} training images do not fill one batch of {batch_size}; "
             f"use -b {len(dataset)} or less"
         )
-    sampler = EpochBatches(len(dataset), batch_size, seed)
+    sampler = EpochBatches(len(dataset), batch_size, seed, share)
     return Batches(dataset, sampler, seed, workers, pin_memory=pin_memory)
 
 
-def validation_batches(dataset: Dataset, workers: int, pin_memory: bool = False) -> Batches:
+def validation_batches(
+    dataset: Dataset, workers: int, pin_memory: bool = False, share: slice = WHOLE
+) -> Batches:
     """All images in order, in batches of 100; transforms that draw, draw the same every time."""
     keys = [(0, index) for index in range(len(dataset))]
     batches = [keys[i : i + VALIDATION_BATCH] for i in range(0, len(keys), VALIDATION_BATCH)]
-    return Batches(dataset, batches, 0, workers, pin_memory=pin_memory)
+    if len(batches[-1]) < share.step and len(batches) > 1:  # an image for each process
+        batches[-2:] = [batches[-2] + batches[-1]]
+    shares = [batch[share] for batch in batches]
+    return Batches(dataset, shares, 0, workers, pin_memory=pin_memory)
 
 
 def held_out_batch(dataset: Dataset, size: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import distributed
 from adversarial_training import Objective, ordinary
 from utils import AverageMeter
 
@@ -69,7 +70,10 @@ class Place:
 
 
 class Tally:
-    """Loss, top-1 and top-5 summed on the device; `read` is the only point that synchronises."""
+    """Loss, top-1 and top-5 summed on the device; `read` is the only point that synchronises.
+
+    It sums over all processes, which therefore have to read together.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, device=device)  # of loss, top-1 hits, top-5 hits, images
@@ -89,14 +93,19 @@ class Tally:
 
     def read(self) -> tuple[Scores, Scores]:
         """The scores of the latest batch and of all batches so far."""
-        last, sums = torch.stack([self.last, self.sums]).tolist()
+        last, sums = distributed.total(torch.stack([self.last, self.sums])).tolist()
         return Scores.of(*last), Scores.of(*sums)
 
     def state(self) -> list[float]:
-        return [*self.sums.tolist(), self.finite.item()]
+        """For `restore`: the sums over all processes, and the batches before the first bad one."""
+        return [*distributed.total(self.sums.clone()).tolist(), self.finite_batches()]
+
+    def finite_batches(self) -> int:
+        return -distributed.most(-int(self.finite))
 
     def restore(self, state: list[float]) -> None:
-        self.sums = torch.tensor(state[:4], device=self.sums.device)
+        if distributed.leads():
+            self.sums = torch.tensor(state[:4], device=self.sums.device)
         self.finite = torch.tensor(state[4], device=self.sums.device)
 
 

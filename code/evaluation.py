@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+import distributed
 import engine
 import logbook
 import pictures
@@ -36,7 +37,8 @@ class Evaluation:
         self, args: Namespace, model: nn.Module, val_set: MiniPlacesLoader, place: Place
     ) -> None:
         self.args, self.model, self.val_set, self.place = args, model, val_set, place
-        self.batches = validation_batches(val_set, args.workers, place.device.type == "cuda")
+        pin = place.device.type == "cuda"
+        self.batches = validation_batches(val_set, args.workers, pin, distributed.share())
         names = val_set.get_index_mapping()
         self.categories = [names.get(str(k), str(k)) for k in range(val_set.num_classes)]
 
@@ -51,7 +53,7 @@ class Evaluation:
             return contextlib.nullcontext()
         folder = logbook.run_of(self.args.resume) or logbook.new_run("evaluation")
         print(f"Pictures: tensorboard --logdir={os.path.relpath(folder)}")
-        return Logbook(folder)
+        return logbook.open_logbook(folder)
 
     # ---- -e
 

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tensorboard.plugins.hparams.summary_v2 import Metric
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 from checkpoint import write_atomically
 from engine import Clock, Scores
 from event_file import EventFile
@@ -38,6 +39,8 @@ def new_run(kind: str) -> Path:
     Raises:
         UserError: the logs folder cannot be written.
     """
+    if not distributed.leads():
+        return LOGS  # where it will write nothing
     while True:
         folder = LOGS / f"{kind}_exp_{datetime.now():%Y-%m-%d_%H-%M-%S}"
         try:
@@ -62,8 +65,19 @@ def run_of(checkpoint: str | Path) -> Path | None:
     return models.parent if models.name == "models" else None
 
 
+def run_launched_as(launch: str) -> Path | None:
+    """The run that these processes had begun before torchrun restarted them."""
+    for config in LOGS.glob("*_exp_*/config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(config.read_bytes()).get("launch") == launch:
+                return config.parent
+    return None
+
+
 def add_evaluation(folder: Path, **row: object) -> None:
     """Add what -e or -a found to evaluations.jsonl, unless the folder is somebody else's."""
+    if not distributed.leads():
+        return
     row = {"date": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": commit(), **row}
     with contextlib.suppress(OSError), open(folder / "evaluations.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -155,6 +169,26 @@ def _folder(tag: str, curve: str) -> str:
     return f"{tag}/{curve}".replace("/", "_")
 
 
+class MuteLogbook:
+    """What a process has that is not the one to write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **options: None
+
+    def __enter__(self) -> MuteLogbook:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def open_logbook(folder: Path, step: int = 0, epochs_done: int = 0) -> Logbook | MuteLogbook:
+    return Logbook(folder, step, epochs_done) if distributed.leads() else MuteLogbook(folder)
+
+
 def read_rows(metrics: Path, epochs: int) -> list[dict]:
     """The rows of the first `epochs` epochs.
 
@@ -182,7 +216,8 @@ class Console:
 
     def __init__(self, total: int, print_freq: int, start: int = 0) -> None:
         self.total, self.print_freq = total, print_freq
-        self.bar = tqdm(total=total, initial=start, leave=False, disable=not sys.stderr.isatty())
+        hidden = not (sys.stderr.isatty() and distributed.leads())
+        self.bar = tqdm(total=total, initial=start, leave=False, disable=hidden)
 
     def step(self, i: int) -> bool:
         """Move the bar to batch i; true when this batch's line is to be printed."""

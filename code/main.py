@@ -20,6 +20,7 @@ from torch import nn
 import arguments
 import checkpoint
 import data_audit
+import distributed
 import image_cache
 import logbook
 import networks
@@ -37,7 +38,7 @@ from utils import UserError
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(gpu: int, use_mps: bool) -> torch.device:
+def choose_device(gpu: int | None, use_mps: bool) -> torch.device:
     """The one place that asks which devices there are."""
     if use_mps:
         if not torch.backends.mps.is_available():
@@ -46,12 +47,14 @@ def choose_device(gpu: int, use_mps: bool) -> torch.device:
     if gpu == -1:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        if gpu > 0:
+        if gpu:
             raise UserError(f"--gpu {gpu}: PyTorch finds no CUDA GPU here; --gpu=-1 is the CPU")
         print("No CUDA device found: running on the CPU.")
         return torch.device("cpu")
+    gpu = distributed.local_rank() if gpu is None else gpu
     if gpu >= torch.cuda.device_count():
         raise UserError(f"--gpu {gpu}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
+    torch.cuda.set_device(gpu)  # where NCCL would otherwise take the first
     return torch.device("cuda", gpu)
 
 
@@ -74,10 +77,15 @@ def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dic
 def find_checkpoint(args: Namespace) -> str:
     """--resume=auto: the newest good checkpoint of the newest run, '' where there is none.
 
+    Processes that torchrun restarts look at the run that they had begun.
+
     Raises:
         UserError: there is none to evaluate or attack.
     """
-    folder = logbook.newest_run([args.kind] if args.kind else networks.BUILDERS)
+    if args.resume == "auto":
+        folder = logbook.newest_run([args.kind] if args.kind else networks.BUILDERS)
+    else:
+        folder = logbook.run_launched_as(distributed.launch())
     path = folder and checkpoint.newest_good(folder / "models")
     if path:
         return os.path.relpath(path)
@@ -105,14 +113,20 @@ def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlac
 def run(args: Namespace) -> int:
     if args.check_data:
         return data_audit.check(args.data_folder, args.workers)
-    place = Place(choose_device(args.gpu, args.use_mps), AMP[args.amp])
+    device = choose_device(args.gpu, args.use_mps)
+    with distributed.together(device):
+        return run_on(device, args)
+
+
+def run_on(device: torch.device, args: Namespace) -> int:
+    place = Place(device, AMP[args.amp])
     if args.amp == "fp16" and place.device.type == "cpu":
         raise UserError("--amp=fp16 takes a CPU twenty times as long: use --amp=bf16")
     if args.deterministic:
         make_deterministic()
     num_classes = count_classes(args.data_folder)
     torch.manual_seed(args.seed)
-    if args.resume == "auto":
+    if args.resume == "auto" or distributed.restarted() and not args.resume:
         args.resume = find_checkpoint(args)
     kind, model, content = make_network(args, num_classes)
     model = place.network(model, args.compile)

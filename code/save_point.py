@@ -6,17 +6,20 @@ import re
 import signal
 import time
 
+import distributed
+
 
 class SavePoint:
     """Says when to save in mid-epoch, and turns Ctrl-C and SIGTERM into a request to stop.
 
     every: '10m', '30s' (minutes, seconds) or '200' (steps).
-    Inside the `with` block the first signal only sets `stopped_by`, so that the step under way can
-    end and be saved; a second one acts at once.
+    Inside the `with` block the first signal only counts as a request, so that the step under way
+    can end and be saved; a second one acts at once. What one process is asked, all are.
     """
 
     def __init__(self, every: str) -> None:
         self.every, self.seconds = parse_interval(every)
+        self.request = 0  # the number of the signal
         self.stopped_by: signal.Signals | None = None
         self.steps, self.since = 0, time.monotonic()
 
@@ -29,14 +32,21 @@ class SavePoint:
             signal.signal(number, handler)
 
     def _stop(self, number: int, _: object) -> None:
-        self.stopped_by = signal.Signals(number)
+        self.request = number
         signal.signal(number, self.previous[number])
+
+    def stopped(self) -> bool:
+        """Whether the run was asked to stop; `stopped_by` then tells by which signal."""
+        if number := distributed.most(self.request):
+            self.stopped_by = signal.Signals(number)
+        return self.stopped_by is not None
 
     def due(self) -> bool:
         """Count one step; true when a checkpoint is due or a stop was asked for."""
         self.steps += 1
         passed = time.monotonic() - self.since if self.seconds else self.steps
-        return passed >= self.every or self.stopped_by is not None
+        late = distributed.most(int(passed >= self.every))
+        return self.stopped() or bool(late)
 
     def saved(self) -> None:
         self.steps, self.since = 0, time.monotonic()

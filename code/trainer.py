@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 import adversarial_training
 import checkpoint
+import distributed
 import engine
 import logbook
 from adversarial_training import STEPS, AdversarialTraining, Watchdog
@@ -24,7 +25,7 @@ from custom_dataloader import held_out_batch, training_batches, validation_batch
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
-from logbook import Console, Logbook
+from logbook import Console
 from save_point import SavePoint
 from utils import LinearWarmupCosineAnnealingLR, UserError
 
@@ -48,8 +49,11 @@ class Trainer:
         self.args, self.kind, self.model, self.place = args, kind, model, place
         pin = place.device.type == "cuda"
         self.train_set, self.left_out = train_set, sorted(train_set.left_out + val_set.left_out)
-        self.batches = training_batches(train_set, args.batch_size, args.seed, args.workers, pin)
-        self.val_batches = validation_batches(val_set, args.workers, pin)
+        share = distributed.share()
+        self.batches = training_batches(
+            train_set, args.batch_size, args.seed, args.workers, pin, share
+        )
+        self.val_batches = validation_batches(val_set, args.workers, pin, share)
         self.optimizer = make_optimizer(args, kind, model, place)
         self.scaler = place.scaler()
         order = {"-b": args.batch_size, "--seed": args.seed, "images": fingerprint(train_set)}
@@ -66,6 +70,7 @@ class Trainer:
             self.watchdog = Watchdog(chance=100 / val_set.num_classes)
             checkpoint.load_watchdog(self.watchdog, model, content)
         self.resumed_from = args.resume if content else None
+        self.replica = distributed.replicated(model)
 
     def train(self) -> int:
         """Train to args.epochs; return the exit code, 128 + the signal if one stopped the run."""
@@ -78,7 +83,9 @@ class Trainer:
         self.models = self.folder / "models"
         print(f"Logs and checkpoints: {os.path.relpath(self.folder)}")
         with (
-            Logbook(self.folder, self.scheduler.last_epoch, progress.epoch) as self.book,
+            logbook.open_logbook(
+                self.folder, self.scheduler.last_epoch, progress.epoch
+            ) as self.book,
             SavePoint(args.save_every) as self.point,
         ):
             self.book.config(
@@ -87,6 +94,7 @@ class Trainer:
                     "device": str(self.place.device),
                     "arguments": vars(args),
                     "left_out": self.left_out,
+                    "launch": distributed.launch(),
                 }
             )
             while progress.epoch < args.epochs:
@@ -106,7 +114,7 @@ class Trainer:
             tally.restore(progress.tally)
         self.batches.batch_sampler.set_position(progress.epoch, first)
         steps = engine.train_epoch(
-            self.model,
+            self.replica,
             self.batches,
             nn.CrossEntropyLoss(),
             self.optimizer,
@@ -191,6 +199,7 @@ class Trainer:
         adversary, epoch = self.adversary, self.progress.epoch + 1
         attack = PGD(epsilon=adversary.epsilon, pixels=adversary.pixels, early_stop=True)
         robust = adversarial_training.robust_accuracy(self.model, attack, x, y)
+        robust = distributed.total(torch.tensor(robust)).item() / distributed.size()  # one mind
         print(
             f"Robust accuracy {robust:.1f} (untargeted PGD-{attack.steps}, l_inf, "
             f"eps {attack.epsilon:g}/255, {len(y)} validation images)"
@@ -207,13 +216,14 @@ class Trainer:
 
     def _validate(self) -> Scores | None:
         """Plain accuracy over the validation set; None if a stop is asked for meanwhile."""
+        distributed.align(self.model)
         tally, clock = Tally(self.place.device), Clock()
         passes = engine.evaluate(self.model, self.val_batches, self.place, tally, clock)
         with Console(len(self.val_batches), self.args.print_freq) as console:
             for i, _ in enumerate(passes):
                 if console.step(i):
                     console.test_line(i, clock, *tally.read())
-                if self.point.stopped_by:
+                if self.point.stopped():
                     return None
         return tally.read()[1]
 
@@ -242,7 +252,7 @@ class Trainer:
 
     def _check_loss(self, mean: Scores, tally: Tally) -> None:
         if not math.isfinite(mean.loss):
-            raise self._diverged(f"the loss became {mean.loss}", int(tally.finite))
+            raise self._diverged(f"the loss became {mean.loss}", tally.finite_batches())
 
     def _diverged(self, what: str, batch: int) -> UserError:
         """The error that names the batch of this epoch, counted from 0, after which `what` held."""

@@ -1,0 +1,210 @@
+"""Two real processes over gloo: the losses and counts of one, nothing lost, nothing written twice.
+
+torchrun itself starts the run that loses a process; the others are forked from a server that has
+main.py imported.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import logbook
+import main
+import networks
+from custom_dataloader import (
+    EpochBatches,
+    MiniPlacesLoader,
+    training_batches,
+    validation_batches,
+)
+from utils import UserError
+
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+
+CODE = Path(main.__file__).parent
+SERVER = multiprocessing.get_context("forkserver")
+BUILDERS = {
+    "torch_conv": lambda n: nn.Sequential(
+        nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, n)
+    )
+}
+TRAIN = ["--epochs=2", "-b=16", "--lr=0.02", "--warmup=1", "-p=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(CODE))
+        SERVER.set_forkserver_preload(["main", "torch._dynamo"])
+        forkserver.ensure_running()
+
+
+def child(words, logs, output, environment):
+    os.environ |= environment
+    with open(output, "ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.chdir(CODE)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)
+    logbook.LOGS = logs
+    networks.BUILDERS = BUILDERS
+    sys.argv = ["main.py", *words]
+    sys.exit(main.main(words))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(folder: Path, *words: str, processes: int = 2) -> str:
+    """The output of main.py, run by so many processes at once; by one, without torchrun's ways."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(processes)}
+    output = folder / f"output_{time.monotonic_ns()}.txt"
+    started = [
+        SERVER.Process(
+            target=child,
+            args=(
+                [*words, "--gpu=-1", "-j=0"],
+                folder / "logs",
+                output,
+                {} if processes == 1 else {**common, "RANK": str(i), "LOCAL_RANK": str(i)},
+            ),
+        )
+        for i in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    text = output.read_text()
+    assert codes == [0] * processes, text
+    return text
+
+
+def run_folder(folder: Path) -> Path:
+    [only] = (folder / "logs").glob("*_exp_*")
+    return only
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one(sample_root, tmp_path_factory):
+    """The folder in which a process by itself has trained, and its output."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, run(folder, str(sample_root), *TRAIN, processes=1)
+
+
+def test_two_processes_train_like_one(sample_root, tmp_path, one):
+    alone, text = one
+    both = run(tmp_path, str(sample_root), *TRAIN)
+    assert both.count("Epoch: [1][0/5]") == both.count("******Acc@1") - 1 == 1  # one prints
+    paths = [run_folder(f) / "models" / checkpoint.LAST for f in (alone, tmp_path)]
+    contents = [checkpoint.load(path) for path in paths]
+    for name, weight in contents[0]["state_dict"].items():
+        torch.testing.assert_close(contents[1]["state_dict"][name], weight, rtol=1e-4, atol=1e-6)
+    metrics = [rows(run_folder(f) / "metrics.jsonl") for f in (alone, tmp_path)]
+    for theirs, ours in zip(*metrics, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        for name in ("train_top1_accuracy", "val_top1_accuracy", "val_top5_accuracy"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
+@pytest.mark.parametrize("look", ["-e", "-a"])
+def test_two_processes_count_the_hits_of_one(sample_root, tmp_path, one, look):
+    """On the same checkpoint, mirror-averaged or attacked; one row is written."""
+    best = run_folder(one[0]) / "models" / checkpoint.BEST
+    found = []
+    for processes in (1, 2):
+        run(tmp_path, str(sample_root), look, f"--resume={best}", processes=processes)
+        found.append(rows(run_folder(one[0]) / "evaluations.jsonl")[-1])
+    assert {k: v for k, v in found[0].items() if k != "date"} == {
+        k: v for k, v in found[1].items() if k != "date"
+    }
+    (run_folder(one[0]) / "evaluations.jsonl").unlink()
+
+
+@pytest.mark.parametrize("mode", ["free", "trades"])
+def test_adversarial_training_goes_on_in_step(sample_root, tmp_path, mode):
+    """Each mode runs the network another number of times per step of the optimizer."""
+    text = run(tmp_path, str(sample_root), *TRAIN, f"--at={mode}", "--pgd-prob=0.6")
+    assert text.count("Robust accuracy") == 2
+    assert len(rows(run_folder(tmp_path) / "metrics.jsonl")) == 2
+
+
+def test_shares_are_parts_of_the_same_batches(sample_root):
+    whole, halves = (
+        EpochBatches(23, 6, 1),
+        [EpochBatches(23, 6, 1, slice(i, None, 2)) for i in (0, 1)],
+    )
+    for batch, *parts in zip(whole, *halves, strict=True):
+        assert sorted(sum(parts, [])) == sorted(batch) and [len(p) for p in parts] == [3, 3]
+    for n in (1, 99, 100, 101, 102, 201, 203):
+        images = torch.utils.data.TensorDataset(torch.arange(max(n, 3)))
+        for size in (1, 2, 3):
+            loaders = [
+                validation_batches(images, 0, share=slice(i, None, size)) for i in range(size)
+            ]
+            assert len({len(loader) for loader in loaders}) == 1
+            seen = [x.item() for loader in loaders for (batch,) in loader for x in batch]
+            assert sorted(seen) == list(range(max(n, 3)))
+
+
+def test_a_killed_process_is_replaced_and_the_run_goes_on(sample_root, tmp_path):
+    """torchrun --max-restarts: both start again, at the last checkpoint of this very run."""
+    launcher = tmp_path / "run.py"
+    launcher.write_text(
+        "import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))\n"
+        "from pathlib import Path\nimport logbook, main\n"
+        "logbook.LOGS = Path(__file__).parent / 'logs'\n"
+        "first, count = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', iter(range(9))\n"
+        "original = logbook.Logbook.epoch\n"
+        "def epoch(*words, **more):\n"
+        "    original(*words, **more)\n"
+        "    if first and next(count) == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "logbook.Logbook.epoch = epoch\n"
+        "sys.exit(main.main(sys.argv[1:]))\n"
+    )
+    older = tmp_path / "logs" / "vit_exp_2099-01-01_00-00-00"
+    (older / "models").mkdir(parents=True)
+    words = [str(launcher), str(CODE), str(sample_root), *TRAIN, "--epochs=3", "--gpu=-1", "-j=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc_per_node=2", "--max-restarts=1", *words, "-p=100", "--save-every=2"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [folder] = (tmp_path / "logs").glob("torch_conv_exp_*")
+    assert "torch_conv after 1 epochs" in done.stdout
+    assert [row["epoch"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_batch_that_does_not_divide_is_refused(sample_root):
+    with pytest.raises(UserError, match="-b 15 does not divide among 2 processes"):
+        training_batches(MiniPlacesLoader(sample_root), 15, 1, 0, share=slice(0, None, 2))
