@@ -16,6 +16,7 @@ import checkpoint
 import classifier
 import evaluate
 import figures
+import heads
 import inference
 import logbook
 import protocol
@@ -122,6 +123,21 @@ def test_robust_training_and_both_losses_of_the_head_run(root, monkeypatch, tmp_
     content = checkpoint.load(path)
     assert (content["loss"], content["n_views"]) == ("Dot", 2)
     assert content["held_out_loss"] < 3 * content["chance"]
+
+
+def test_a_head_comes_back_as_it_was_trained_with_its_bank(root):
+    args = inference.parse(["--weights", str(weights(root))])
+    trained = classifier.from_args(args, CLASSES, torch.device("cpu"))
+    head, content = heads.from_args(args, trained), checkpoint.load(weights(root, "ssl"))
+    bank = head.loss(trained, 3).bank
+    assert torch.equal(bank, content["bank"]) and bank.shape == (64, 64)
+    assert head.loss(trained, 3, "batch").bank is None
+    assert not any(module.training for module in head.loss(trained, 3).modules())
+    for name, value in head.head.state_dict().items():
+        assert torch.equal(value, content["state_dict"][name])
+    train_set, _ = list_images("cifar10", root, "train").split(0, 64)
+    clean = trained.model.features(train_set.x / 255).mean(0)  # the bank: views of these
+    assert torch.corrcoef(torch.stack([clean, bank.mean(0)]))[0, 1] > 0.4
 
 
 def test_evaluate_writes_its_tables_and_verdict(root, tmp_path, capsys):
@@ -279,6 +295,8 @@ def test_missing_or_foreign_files_are_one_line(root, tmp_path, capsys):
     )
     assert "train one with" in refused(capsys, run(root, attack, "--arch preact18"))
     assert "no CIFAR-10" in refused(capsys, run(tmp_path, train, "--task Clean"))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert "try --download" in refused(capsys, run(tmp_path, attack, ""))
     line = "--dataset miniplaces"
     assert "label file" in refused(capsys, run(tmp_path, attack, line))
     assert "--device" in refused(capsys, run(root, attack, "--device tpu"))
