@@ -216,6 +216,8 @@ def test_every_attack_flag_is_honoured(root, tmp_path, capsys):
     said = meta(tmp_path, "l_2", 3)
     assert (said["loss"], said["restarts"], said["early_stop"]) == ("margin", 2, True)
     assert (said["step_size"], said["images"]) == (0.1, 12)
+    assert run(root, inference, f"--norm l_2 --savepath {tmp_path}", 12) == 0
+    assert f"{said['attacked_accuracy']:.1f} [" in capsys.readouterr().out
 
 
 def test_same_seed_same_set_another_seed_another(root, tmp_path):
@@ -247,16 +249,18 @@ def test_our_attacks_are_at_least_as_strong_as_foolboxs(root, norm, epsilon, kin
     model = classifier.load(weights(root), "narrow", CLASSES).model
     images = list_images("cifar10", root, "test").sample(0)
     x, y = images.x / 255, images.y
-    theirs = getattr(foolbox.attacks, kind)(rel_stepsize=0.125, steps=20)
+    options = {"rel_stepsize": 0.125, "steps": 20, "random_start": norm == "l2"}
+    theirs = getattr(foolbox.attacks, kind)(**options)
     public = foolbox.PyTorchModel(model, bounds=(0, 1))
     _, x_theirs, _ = theirs(public, x, y, epsilons=epsilon)
     pixels, generator = reversal.pixels_of(norm), torch.Generator().manual_seed(0)
-    ours = PGD(norm=norm, epsilon=epsilon, steps=20, pixels=pixels, generator=generator)
+    same = {"norm": norm, "epsilon": epsilon, "steps": 20, "random_start": norm == "l2"}
+    ours = PGD(**same, pixels=pixels, generator=generator)
     left, expected = (
         (model(v).argmax(1) == y).float().mean() for v in (ours.perturb(model, x, y), x_theirs)
     )
     print(f"{norm}: foolbox's {kind} leaves {expected:.3f}, ours {left:.3f}")
-    assert left <= expected + 1 / len(y)
+    assert left <= expected + 2 / len(y)
 
 
 # ---------------------------------------------------------------------------------------------
