@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,18 @@ def test_a_set_for_another_checkpoint_is_refused_unless_told(root, tmp_path, cap
     line = f"--task SSL --weights {other} --head {weights(root, 'ssl')}"
     assert "another classifier" in refused(capsys, run(root, inference, line, 8))
     assert "--task SSL" in refused(capsys, run(root, inference, f"--task SSL --weights {other}", 8))
+
+
+def test_a_damaged_set_or_one_of_other_classes_is_one_line(root, tmp_path, capsys):
+    shutil.copytree(root / "pgd", tmp_path / "pgd")
+    labels = tmp_path / "pgd" / "l_1" / "test_perturbed_y_l_1_5.npy"
+    line = f"--norm l_1 --savepath {tmp_path}"
+    np.save(labels, np.full(64, CLASSES))
+    assert "other images" in refused(capsys, run(root, inference, line))
+    labels.write_bytes(labels.read_bytes()[:100])
+    assert "damaged" in refused(capsys, run(root, inference, line))
+    labels.unlink()
+    assert "damaged" in refused(capsys, run(root, inference, line))
 
 
 def test_missing_or_foreign_files_are_one_line(root, tmp_path, capsys):

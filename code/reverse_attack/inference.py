@@ -29,6 +29,7 @@ from attack_sets import NORMS
 from classifier import Trained
 from intervals import Paired, percent
 from reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
+from utils import UserError
 
 Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
 
@@ -74,6 +75,8 @@ def infer(args: Namespace) -> None:
         folder = args.savepath or args.data_root
         found = attack_sets.load(folder, args.norm, args.iter, trained.sha256, args.transfer)
         x, y = found.x[: args.limit], found.y[: args.limit]
+        if x.shape[1] != 3 or not 0 <= y.min() <= y.max() < len(listing.classes):
+            raise UserError(f"the attack set in {folder} is of other images than {args.dataset}'s")
     rows = measure(trained.model, x, y, repair, args, device)
     report(args, trained, rows)
 
