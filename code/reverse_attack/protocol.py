@@ -6,6 +6,7 @@ each image the worst of them all.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,22 @@ def cost_of(model: Classifier, images: int) -> Iterator[Cost]:
     finally:
         hook.remove()
         cost.seconds = (time.perf_counter() - start) / images
+
+
+@dataclass(frozen=True)
+class PublicAPGD:
+    """torchattacks' APGD in l_inf, epsilon in /255, in the shape of an `Attack`."""
+
+    epsilon: float
+    steps: int
+    generator: torch.Generator | None = None
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        import torchattacks
+
+        seed = self.generator.initial_seed() % 2**32
+        attack = torchattacks.APGD(model, eps=self.epsilon / 255, steps=self.steps, seed=seed)
+        return attack(x, y).detach()
 
 
 @dataclass
@@ -204,6 +221,9 @@ class Evaluation:
         for row, attack in self.gradient_attacks().items():
             yield row, self.perturb(attack, self.model, len(self.x))
         yield "Square", self.perturb(self.square(self.size.queries), self.model, len(self.x))
+        if importlib.util.find_spec("torchattacks"):
+            public = PublicAPGD(self.epsilon, self.size.apgd)
+            yield "APGD-CE, torchattacks", self.perturb(public, self.model, len(self.x))
 
     def adaptive_examples(self, reversal: Reversal) -> Iterator[tuple[str, str, Made]]:
         """Made by attacks that know of the reversal, from the first images: row, column, images."""
@@ -222,7 +242,7 @@ class Evaluation:
         square = replace(self.square(self.size.defended_queries), early_stop=False)
         yield "Square", "queries", self.perturb(square, defended, few)
 
-    def perturb(self, attack: Attack, model: nn.Module, n: int) -> Made:
+    def perturb(self, attack: Attack | PublicAPGD, model: nn.Module, n: int) -> Made:
         def one_batch(part: slice, seed: int) -> Tensor:
             seeded = replace(attack, generator=torch.Generator().manual_seed(seed))
             return seeded.perturb(model, self.x[part], self.y[part]).clamp(0, 1)
