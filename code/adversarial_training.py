@@ -91,13 +91,14 @@ class AdversarialTraining:
     def _free(self, model, criterion, x, y, epsilon) -> Losses:
         scale, (lo, hi) = self.pixels.scale(x), self.pixels.room(x)
         delta = random_start(lo, hi, "linf", epsilon)
-        for _ in range(self.steps):
-            delta.requires_grad_(True)
+        for left in reversed(range(self.steps)):
+            delta.requires_grad_(left > 0)  # the pixels' gradient costs, and none needs the last
             logits = model(x + delta / scale)
             yield logits, criterion(logits, y)
-            g = delta.grad  # of the backward pass that the weights were trained by
-            step = epsilon * steepest(g, "linf")
-            delta = project(delta.detach() + step, "linf", epsilon, lo, hi)
+            if left > 0:
+                g = delta.grad  # of the backward pass that the weights were trained by
+                step = epsilon * steepest(g, "linf")
+                delta = project(delta.detach() + step, "linf", epsilon, lo, hi)
 
     def _trades(self, model, criterion, x, y, epsilon) -> Losses:
         with under_attack(model), torch.no_grad():

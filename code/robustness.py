@@ -43,7 +43,7 @@ def budget(norm: str, epsilon: float, std: Sequence[float]) -> str:
 def describe(attack: PGD) -> str:
     words = [f"{attack.goal.replace('_', ' ')} PGD, {attack.steps} steps"]
     if attack.steps:
-        words.append(f"of {attack.base_step():.3g}/255")
+        words.append(f"of {attack.base_step():.4g}/255")
     if attack.restarts > 1:
         words.append(f"with {attack.restarts} restarts")
     return f"{' '.join(words)}, {budget(attack.norm, attack.epsilon, attack.pixels.std)}"
@@ -80,30 +80,28 @@ def health_lights(model: nn.Module, x: Tensor, y: Tensor, attack: PGD) -> Iterat
         return accuracy(model, other.perturb(model, x, y), y)
 
     share = 100 * vanished(model, x, y).float().mean().item()
-    yield Light(
-        "gradient vanishing", share, share > 0, f"no gradient on {share:.0f} % of the images"
-    )
+    yield Light("gradients", share, share > 0, f"no gradient on {share:.0f} % of the images")
     with under_attack(model), torch.no_grad():
         random = not torch.equal(model(x), model(x))
     found = "the same image twice gives " + ("two answers" if random else "the same answer")
-    yield Light("randomised network", 100.0 * random, random, found)
+    yield Light("randomness", 100.0 * random, random, found)
 
     more = left_by(replace(attack, steps=4 * attack.steps, early_stop=True))
     found = f"{more:.1f} left by {4 * attack.steps} steps, {attacked:.1f} by {attack.steps}"
-    yield Light("more steps still help", more, more < attacked - SLACK, found)
+    yield Light("more steps", more, more < attacked - SLACK, found)
 
     noise = accuracy(model, noisy(x, attack), y)
     found = f"{noise:.1f} left by random noise of the same size, {attacked:.1f} by the attack"
-    yield Light("noise does as well", noise, noise <= attacked + SLACK, found)
+    yield Light("noise", noise, noise <= attacked + SLACK, found)
 
     large = left_by(replace(attack, epsilon=LARGE * attack.epsilon, step_size=None))
-    found = f"{large:.1f} left at {LARGE} ε"
-    yield Light("not 0 at large ε", large, large > SLACK, found)
+    found = f"{large:.1f} left at {LARGE} ε, where nothing should be"
+    yield Light("large ε", large, large > SLACK, found)
 
     square = Square(norm=attack.norm, epsilon=attack.epsilon, pixels=attack.pixels)
     free = left_by(square)
     found = f"{free:.1f} left by Square with {square.steps} queries, {attacked:.1f} by the attack"
-    yield Light("gradient-free is stronger", free, free < attacked - SLACK, found)
+    yield Light("gradient-free search", free, free < attacked - SLACK, found)
 
 
 def vanished(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

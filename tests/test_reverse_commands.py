@@ -13,13 +13,16 @@ import torch
 
 import attack
 import checkpoint
+import classifier
 import evaluate
 import figures
+import heads
 import inference
 import logbook
 import protocol
 import reversal
 import train
+from attacks import PGD
 from data import list_images
 from geometry import size
 from utils import save_image
@@ -122,6 +125,21 @@ def test_robust_training_and_both_losses_of_the_head_run(root, monkeypatch, tmp_
     assert content["held_out_loss"] < 3 * content["chance"]
 
 
+def test_a_head_comes_back_as_it_was_trained_with_its_bank(root):
+    args = inference.parse(["--weights", str(weights(root))])
+    trained = classifier.from_args(args, CLASSES, torch.device("cpu"))
+    head, content = heads.from_args(args, trained), checkpoint.load(weights(root, "ssl"))
+    bank = head.loss(trained, 3).bank
+    assert torch.equal(bank, content["bank"]) and bank.shape == (64, 64)
+    assert head.loss(trained, 3, "batch").bank is None
+    assert not any(module.training for module in head.loss(trained, 3).modules())
+    for name, value in head.head.state_dict().items():
+        assert torch.equal(value, content["state_dict"][name])
+    train_set, _ = list_images("cifar10", root, "train").split(0, 64)
+    clean = trained.model.features(train_set.x / 255).mean(0)  # the bank: views of these
+    assert torch.corrcoef(torch.stack([clean, bank.mean(0)]))[0, 1] > 0.4
+
+
 def test_evaluate_writes_its_tables_and_verdict(root, tmp_path, capsys):
     assert run(root, evaluate, f"--protocol quick --results {tmp_path}", 8) == 0
     out = capsys.readouterr().out
@@ -198,6 +216,8 @@ def test_every_attack_flag_is_honoured(root, tmp_path, capsys):
     said = meta(tmp_path, "l_2", 3)
     assert (said["loss"], said["restarts"], said["early_stop"]) == ("margin", 2, True)
     assert (said["step_size"], said["images"]) == (0.1, 12)
+    assert run(root, inference, f"--norm l_2 --savepath {tmp_path}", 12) == 0
+    assert f"{said['attacked_accuracy']:.1f} [" in capsys.readouterr().out
 
 
 def test_same_seed_same_set_another_seed_another(root, tmp_path):
@@ -213,7 +233,34 @@ def test_the_classifier_stays_as_it_was(root):
     """All commands above leave the very file, and its hash is the one in every set's meta."""
     sums = {meta(root, norm)["checkpoint_sha256"] for norm in NORMS}
     content = checkpoint.load(weights(root, "ssl"))
-    assert sums == {content["classifier_sha256"]} == {attack.classifier.sha256(weights(root))}
+    assert sums == {content["classifier_sha256"]} == {classifier.sha256(weights(root))}
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "kind"),
+    [
+        ("l1", 60.0, "L1PGD"),
+        ("l1", 60.0, "SparseL1DescentAttack"),
+        ("l2", 2.0, "L2PGD"),
+    ],
+)
+def test_our_attacks_are_at_least_as_strong_as_foolboxs(root, norm, epsilon, kind):
+    foolbox = pytest.importorskip("foolbox", reason="foolbox is an optional dependency")
+    model = classifier.load(weights(root), "narrow", CLASSES).model
+    images = list_images("cifar10", root, "test").sample(0)
+    x, y = images.x / 255, images.y
+    options = {"rel_stepsize": 0.125, "steps": 20, "random_start": norm == "l2"}
+    theirs = getattr(foolbox.attacks, kind)(**options)
+    public = foolbox.PyTorchModel(model, bounds=(0, 1))
+    _, x_theirs, _ = theirs(public, x, y, epsilons=epsilon)
+    pixels, generator = reversal.pixels_of(norm), torch.Generator().manual_seed(0)
+    same = {"norm": norm, "epsilon": epsilon, "steps": 20, "random_start": norm == "l2"}
+    ours = PGD(**same, pixels=pixels, generator=generator)
+    left, expected = (
+        (model(v).argmax(1) == y).float().mean() for v in (ours.perturb(model, x, y), x_theirs)
+    )
+    print(f"{norm}: foolbox's {kind} leaves {expected:.3f}, ours {left:.3f}")
+    assert left <= expected + 2 / len(y)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,6 +299,8 @@ def test_missing_or_foreign_files_are_one_line(root, tmp_path, capsys):
     )
     assert "train one with" in refused(capsys, run(root, attack, "--arch preact18"))
     assert "no CIFAR-10" in refused(capsys, run(tmp_path, train, "--task Clean"))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert "try --download" in refused(capsys, run(tmp_path, attack, ""))
     line = "--dataset miniplaces"
     assert "label file" in refused(capsys, run(tmp_path, attack, line))
     assert "--device" in refused(capsys, run(root, attack, "--device tpu"))
@@ -304,7 +353,7 @@ def test_images_come_shuffled_once_held_out_never_trained_on_and_from_the_cache(
     np.save(cache, stored)
     assert (list_images("cifar10", root, "train").split(1)[0].x == 7).all()
     listing.paths[0].touch()
-    assert not (list_images("cifar10", root, "train").split(1)[0].x == 7).any()
+    assert not (list_images("cifar10", root, "train").split(1)[0].x == 7).all()
 
 
 def test_main_pys_classifiers_can_be_attacked_and_reversed(sample_root, tmp_path, monkeypatch):
@@ -325,7 +374,6 @@ def test_main_pys_classifiers_can_be_attacked_and_reversed(sample_root, tmp_path
 
 
 def test_the_public_checkpoints_prefix_and_unused_block_are_ignored(tmp_path):
-    import classifier
     import resnets
 
     torch.manual_seed(1)

@@ -30,15 +30,12 @@ def check_shapes(code: ModuleType) -> None:
     find(code, "SimpleViT")
     net, x = make(code).eval(), images(3)
     for batch in (x, x[:1]):
-        logits, shape = net(batch), (len(batch), CLASSES)
-        found = tuple(logits.shape)
-        expect(
-            found == shape, f"logits of {len(batch)} images have shape {found}, expected {shape}"
-        )
+        found, right = tuple(net(batch).shape), (len(batch), CLASSES)
+        problem = f"logits of {len(batch)} images: shape {found}, expected {right}"
+        expect(found == right, problem)
     together, alone = net(x)[:1], net(x[:1])
-    compare(
-        "the logits of an image among others, beside those of it alone", together, alone, tol=1e-3
-    )
+    what = "the logits of an image among others, beside those of it alone"
+    compare(what, together, alone, tol=1e-3)
     again = net(x)[:1]
     compare("the logits of a second run in eval mode", again, together, tol=1e-6)
 

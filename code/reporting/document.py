@@ -86,7 +86,7 @@ class Document:
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*\[\]<>|]|\b_|_\b)", r"\\\1", text)
 
 
 def markdown_of(block: Text | Table | Figure) -> str:

@@ -90,7 +90,7 @@ SUMMARY: dict[str, Callable[[Run], str]] = {
     "parameters": lambda run: number(of_network(run, count_parameters)),
     "MFLOPs an image": lambda run: number(of_network(run, count_flops), digits=1, scale=1e6),
 }
-SETTINGS = (*HYPERPARAMETERS, "momentum", "clip_grad", "at", "seed")
+SETTINGS = (*HYPERPARAMETERS, "momentum", "clip_grad", "amp", "at", "seed")
 ORIGIN = ("device", "torch", "commit")
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--attack_type", choices=LOSSES, default="pgd", help="cross-entropy, margin, DLR")
     add("--restarts", type=at_least(int, 1), default=1, help="the worst run counts, by image")
     add("--eval", action="store_true", help="stop at each image's first success")
-    add("--savepath", type=type(options.Path()), help="instead of the data root")
+    add("--savepath", type=Path, metavar="FOLDER", help="instead of the data root")
     return parser.parse_args(argv)
 
 

@@ -89,6 +89,11 @@ class ContrastiveLoss(nn.Module):
         self.register_buffer("bank", bank, persistent=False)
         self.generator = torch.Generator()
 
+    def on_views(self, n: int) -> ContrastiveLoss:
+        """The same on n views of each image, drawn by a generator of its own."""
+        same = self.classifier, self.head, self.similarity
+        return ContrastiveLoss(*same, n, self.bank).train(self.training)
+
     def forward(self, x: Tensor) -> Tensor:
         seen = views(x, self.n_views, self.generator)
         features = self.classifier.features(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])

@@ -81,9 +81,8 @@ class Subject:
 
     def reverse(self, x: Tensor, loss: ContrastiveLoss | None = None) -> Tensor:
         steps, n_views = SHORT
-        base = loss or self.contrastive
-        loss = ContrastiveLoss(base.classifier, base.head, base.similarity, n_views, base.bank)
-        return Reversal(loss.eval(), steps=steps)(x, self.args.seed)
+        loss = (loss or self.contrastive).on_views(n_views)
+        return Reversal(loss, steps=steps)(x, self.args.seed)
 
 
 def iterations(subject: Subject) -> dict:

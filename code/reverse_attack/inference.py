@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--task", choices=("default", "SSL", "random"), default="default")
     add("--norm", choices=("clean", *NORMS), default="clean")
     add("--iter", type=at_least(int, 0), help="the attack set made with so many iterations")
+    add("--savepath", type=Path, metavar="FOLDER", help="attack.py's; else the data root")
     add("--transfer", action="store_true", help="accept a set made for another checkpoint")
     add("--head", metavar="FILE", help="instead of the newest head of this classifier")
     add("--attack_iter", type=at_least(int, 0), default=40, help="steps of the reversal")
@@ -69,9 +71,8 @@ def infer(args: Namespace) -> None:
         images = listing.sample(args.seed, args.limit)
         x, y = data.as_pixels(images.x), images.y
     else:
-        found = attack_sets.load(
-            args.data_root, args.norm, args.iter, trained.sha256, args.transfer
-        )
+        folder = args.savepath or args.data_root
+        found = attack_sets.load(folder, args.norm, args.iter, trained.sha256, args.transfer)
         x, y = found.x[: args.limit], found.y[: args.limit]
     rows = measure(trained.model, x, y, repair, args, device)
     report(args, trained, rows)

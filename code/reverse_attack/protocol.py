@@ -119,7 +119,7 @@ class Evaluation:
         }
         controls = self.controls(examples["PGD-CE"])
         few = self.size.n_adaptive
-        adaptive: Table = {
+        adaptive = {
             row: {"transfer": self.judge((x[:few], cost), short)}
             for row, (x, cost) in examples.items()
         }
@@ -131,9 +131,8 @@ class Evaluation:
 
     def reversal(self, size: tuple[int, int], loss: ContrastiveLoss | None = None) -> Reversal:
         steps, n_views = size
-        base = loss or self.contrastive
-        loss = ContrastiveLoss(base.classifier, base.head, base.similarity, n_views, base.bank)
-        return Reversal(loss.eval(), "linf", REVERSAL_FACTOR * self.epsilon, steps=steps)
+        loss = (loss or self.contrastive).on_views(n_views)
+        return Reversal(loss, "linf", REVERSAL_FACTOR * self.epsilon, steps=steps)
 
     def judge(self, made: Made, repair: Repair) -> Result:
         """The classifier's answers to attacked images, as they are and after `repair`."""
