@@ -1,4 +1,4 @@
-"""How fast images reach the trainer: the course's way, ours step by step, ours fused.
+"""How fast images reach the trainer: the course's way, ours step by step, ours fused, ours cached.
 
     python benchmarks/input.py data/sample
     python benchmarks/input.py DATA --images 1000 --rounds 9
@@ -26,11 +26,12 @@ import cv2
 import matplotlib
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
+import image_cache  # noqa: E402
 from custom_affine import inscribed_size  # noqa: E402
 from custom_dataloader import MiniPlacesLoader, training_batches  # noqa: E402
 from custom_transforms import (  # noqa: E402
@@ -131,19 +132,23 @@ class StepByStep(Compose):
 def loaders(data: Path, split: str, images: int) -> dict[str, DataLoader]:
     """The ways to compare, over the same images; the first is the one the others are held to."""
 
-    def subset(transforms: Compose, kind: type = MiniPlacesLoader) -> Subset:
-        whole = kind(data, num_classes=10_000, split=split, transforms=transforms)
-        step = max(1, len(whole) // images)  # all over the list: every category
-        return Subset(whole, range(0, step * min(images, len(whole)), step))
+    def subset(transforms: Compose, kind: type = MiniPlacesLoader) -> MiniPlacesLoader:
+        dataset = kind(data, num_classes=10_000, split=split, transforms=transforms)
+        step = max(1, len(dataset) // images)  # all over the list: every category
+        dataset.leave_out(set(dataset.paths) - set(dataset.paths[::step][:images]))
+        return dataset
 
     def plain(*way: object) -> DataLoader:
         return DataLoader(subset(*way), BATCH, shuffle=True, drop_last=True)
 
+    cached = subset(Compose(OURS[split]))
+    image_cache.keep(cached, "ram", 0, torch.device("cpu"))
     return {
         "course's way": plain(StepByStep(COURSE[split]), CourseImages),
         "ours, step by step": plain(StepByStep(OURS[split])),
         "ours, fused": plain(Compose(OURS[split])),
         "ours, fused, reproducible": training_batches(subset(Compose(OURS[split])), BATCH, 2024, 0),
+        "ours, from the cache": training_batches(cached, BATCH, 2024, 0),
     }
 
 

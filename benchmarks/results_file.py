@@ -32,7 +32,8 @@ def provenance() -> str:
     """Command, commit, machine, date and versions of this run, as one line of Markdown."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *words])
     return (
         f"`{command}`, commit {commit or 'unknown'}, {torch.get_num_threads()} threads of "
         f"{platform.system()} {platform.machine()} (CPU), Python {platform.python_version()}, "

@@ -30,7 +30,7 @@ BEST = "data/top1_accuracy", "best"  # the curve of the best validation accuracy
 HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "wd")
 
 # What a row of metrics.jsonl tells of the machine: two runs alike in all else differ in it
-OF_THE_MACHINE = ("images_per_second", "peak_memory_bytes")
+OF_THE_MACHINE = ("images_per_second", "seconds", "peak_memory_bytes")
 
 
 def new_run(kind: str) -> Path:

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+import time
 import zlib
 from argparse import Namespace
 
@@ -109,6 +110,7 @@ class Trainer:
         Returns the mean seconds of a step; `progress` holds the rest.
         """
         progress, first = self.progress, self.progress.position
+        self.began = time.perf_counter()
         tally, clock = Tally(self.place.device), Clock()
         if progress.tally:
             tally.restore(progress.tally)
@@ -172,6 +174,7 @@ class Trainer:
             val,
             learning_rate=self.scheduler.get_last_lr()[0],
             images_per_second=self.args.batch_size / seconds if seconds else None,
+            seconds=time.perf_counter() - self.began,  # of an epoch cut in two, the second part's
             peak_memory_bytes=self.place.peak_memory(),
             **robust,
         )

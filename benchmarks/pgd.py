@@ -1,0 +1,83 @@
+"""How fast an attack steps on the CPU: as students write it in the course, and ours.
+
+    python benchmarks/pgd.py
+    python benchmarks/pgd.py --batch-size 16 --attack-steps 3 --rounds 7
+
+The course's: a backward pass to input and weights at every step, the label picked anew each time,
+images as they come. Ours: Part III's `PGDAttack` and the general `attacks.PGD`, on the network as
+the driver lays it out. Same number of steps, on noise. Writes results/pgd_benchmark.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+
+from side_by_side import Ways, cpu_seconds, summary, write  # noqa: E402
+from train_step import NETWORKS, as_in_the_course  # noqa: E402
+
+from attacks import PGD  # noqa: E402
+from engine import Place  # noqa: E402
+from student_code import PGDAttack  # noqa: E402
+
+EPSILON, STEP_SIZE = 0.1, 0.01
+CPU = Place(torch.device("cpu"))
+
+
+def course_attack(model: nn.Module, x: Tensor, steps: int) -> Callable[[], None]:
+    criterion = nn.CrossEntropyLoss()
+
+    def work() -> None:
+        adversarial = x.clone()
+        for _ in range(steps):
+            adversarial = adversarial.detach().requires_grad_(True)
+            logits = model(adversarial)
+            model.zero_grad()
+            criterion(logits, logits.argmin(1)).backward()
+            adversarial = adversarial - STEP_SIZE * adversarial.grad.sign()
+            adversarial = torch.max(torch.min(adversarial, x + EPSILON), x - EPSILON)
+
+    return work
+
+
+def ways(name: str, args: argparse.Namespace) -> Ways:
+    torch.manual_seed(0)
+    model = NETWORKS[name](num_classes=100).eval()
+    theirs, ours = as_in_the_course(copy.deepcopy(model)), CPU.network(model)
+    x = torch.randn(args.batch_size, 3, 128, 128)
+    laid_out, y = CPU.images(x), torch.zeros(args.batch_size, dtype=torch.long)
+    part3 = PGDAttack(nn.CrossEntropyLoss(), args.attack_steps, STEP_SIZE, EPSILON)
+    general = PGD(epsilon=EPSILON, steps=args.attack_steps)
+    return {
+        "course's way": course_attack(theirs, x, args.attack_steps),
+        "ours, Part III": lambda: part3.perturb(ours, laid_out),
+        "ours, attacks.PGD": lambda: general.perturb(ours, laid_out, y),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure attack steps on one core.")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--attack-steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name in NETWORKS:
+        seconds = cpu_seconds(ways(name, args), args.rounds)
+        rows += summary(name, seconds, args.batch_size * args.attack_steps)
+    note = "Per image and attack step. Medians of interleaved rounds, one thread."
+    write("pgd_benchmark", "PGD: the course's way beside ours", note, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Ways to do the same work, taking turns, each held to the first one in the same round."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from results_file import ROOT, provenance
+
+Ways = dict[str, Callable[[], None]]
+
+
+def cpu_seconds(ways: Ways, rounds: int) -> dict[str, list[float]]:
+    """What each way takes in each round, after one round that is not counted.
+
+    CPU time of this process, so that other work on the machine counts little.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, work in ways.items():
+            start = time.process_time()
+            work()
+            seconds[name].append(time.process_time() - start)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def summary(subject: str, seconds: dict[str, list[float]], images: int) -> list[dict]:
+    """One row a way: median milliseconds per image, median of its ratios to the first way."""
+    base = next(iter(seconds.values()))
+    return [
+        {
+            "subject": subject,
+            "way": name,
+            "ms_per_image": round(1e3 * statistics.median(values) / images, 3),
+            "ratio": round(statistics.median(b / v for v, b in zip(values, base, strict=True)), 2),
+            "rounds_s": [round(v, 4) for v in values],
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def write(name: str, title: str, note: str, rows: list[dict], **more: object) -> None:
+    """results/`name`.json and .md."""
+    target = ROOT / "results" / name
+    made = provenance()
+    record = {"provenance": made, **more, "rows": rows}
+    target.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    lines = [f"# {title}", "", f"{made} {note}", ""]
+    lines += ["| | way | CPU ms / image | times as fast |", "|---|---|---:|---:|"]
+    lines += [
+        f"| {r['subject']} | {r['way']} | {r['ms_per_image']:.2f} | {r['ratio']:.2f} |"
+        for r in rows
+    ]
+    text = "\n".join(lines) + "\n"
+    Path(target.with_suffix(".md")).write_text(text, encoding="utf-8")
+    print(text)
