@@ -153,4 +153,4 @@ def markdown(about: dict, plain: Table, controls: Table, adaptive: Table, words:
         lines_of("attack", adaptive) + line_of("**worst case**", "all", worst(adaptive)),
         words,
     ]
-    return "\n\n".join(p if "|" in p else textwrap.fill(p, 100) for p in parts) + "\n"
+    return "\n\n".join(p.strip() if "|" in p else textwrap.fill(p, 100) for p in parts) + "\n"
