@@ -94,14 +94,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     models, x, y = (of_runs if args.runs else trained_here)(args)
-    columns, lights = {}, []
+    every = max(1, len(y) // args.probed)  # small images come category by category
+    probed, columns, lights = (x[::every], y[::every]), {}, []
     for name, model in models.items():
         columns[name] = {}
         for line, found, seconds in row_values(model, x, y, PIXELS, args.attack):
             columns[name][line] = interval(len(y))(found)
             print(name, line, columns[name][line], f"{seconds:.0f} s", flush=True)
         attack = PGD(epsilon=4, steps=20, pixels=PIXELS)
-        probed = x[: args.probed], y[: args.probed]
         found = [light.line() for light in health_lights(model, *probed, attack) if light.warns]
         lights += [f"- {name}: {line.strip()}" for line in found or ["no light warns"]]
     first = next(iter(columns.values()))
@@ -115,7 +115,7 @@ def main() -> None:
         "",
         *table,
         "",
-        f"Health lights of PGD-20, {args.probed} images:",
+        f"Health lights of PGD-20, {len(probed[1])} images:",
         "",
         *lights,
         "",
