@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "code"))
 from arguments import build_parser  # noqa: E402
 
 RESULTS = ROOT / "results"
-HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | images/s |"
+HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | robust | images/s |"
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -52,6 +52,7 @@ def summary(run: Path) -> dict:
         "best_top1": max(row["val_top1_accuracy"] for row in epochs),
         "mirrored_top1": latest.get("mirrored_top1"),
         "attacked_top1": latest.get("attacked_top1"),
+        "robust_top1": last.get("robust_top1_accuracy"),
         "images_per_second": last["images_per_second"],
         "command": command_of(config["arguments"]),
         "started": run.name.partition("_exp_")[2],
@@ -61,7 +62,8 @@ def summary(run: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
-    names = ("top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "images_per_second")
+    names = ["top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "robust_top1"]
+    names += ["images_per_second"]
     for row in rows:
         numbers = (f"{row[n]:.1f}" if row[n] is not None else "" for n in names)
         lines.append(f"| {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
@@ -77,7 +79,10 @@ def main() -> None:
         f"torch {r['torch']}, {r['started']}"
         for r in rows
     ]
-    text = f"# Training runs\n\nAccuracies in per cent.\n\n{table(rows)}\n\n" + "\n".join(made)
+    what = (
+        "Accuracies in per cent; robust: under PGD-10 after the last epoch of adversarial training."
+    )
+    text = f"# Training runs\n\n{what}\n\n{table(rows)}\n\n" + "\n".join(made)
     (RESULTS / "training.md").write_text(text + "\n")
     (RESULTS / "training.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(text)
