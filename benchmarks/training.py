@@ -27,8 +27,12 @@ def rows_of(file: Path) -> list[dict]:
 
 
 def command_of(arguments: dict) -> str:
-    """The command line that gives these arguments; of the data folder its name alone."""
+    """The command line that gives these arguments; of the data and weights their names alone."""
     parser = build_parser()
+    if not (arguments["pgd"] or arguments.get("at")):  # its default was 3, now it is the mode's
+        arguments = {**arguments, "pgd_steps": parser.get_default("pgd_steps")}
+    if arguments.get("weights"):
+        arguments = {**arguments, "weights": Path(arguments["weights"]).name}
     words = ["python main.py", Path(arguments["data_folder"]).name]
     for name, value in arguments.items():
         if name not in ("data_folder", "kind", "resume") and value != parser.get_default(name):
