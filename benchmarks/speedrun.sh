@@ -24,7 +24,7 @@ run() {  # name, its flags..., the flags for every run
     fi
     echo "== $name"
     "$python" main.py "$data" --cache=device --print-freq=100 "$@" \
-        ${resume[@]+"${resume[@]}"} 2>&1 | tee -a "$output"
+        ${resume[@]+"${resume[@]}"} 2>&1 | tee -i -a "$output"  # -i: Ctrl-C is for main.py
     folder=$(sed -n 's/^Logs and checkpoints: //p' "$output" | tail -n 1)
     "$python" ../benchmarks/speedrun_row.py "$name" "$folder"
 }
