@@ -331,6 +331,7 @@ def test_missing_or_foreign_files_are_one_line(root, tmp_path, capsys):
     [
         (attack, "--norm l_3"),
         (attack, "--epsilon -1"),
+        (attack, "--norm all --epsilon 8"),
         (inference, "--task ssl"),
         (train, "--task SSL --n_views 4 --cached_views 2"),
         (train, "--task Clean --arch wrn-29-10"),
