@@ -21,8 +21,8 @@ import engine
 import logbook
 from adversarial_training import STEPS, AdversarialTraining, Watchdog
 from attacks import PGD
+from batches import held_out_batch, training_batches, validation_batches
 from checkpoint import Progress
-from custom_dataloader import held_out_batch, training_batches, validation_batches
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
