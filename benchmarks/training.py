@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "code"))
 from arguments import build_parser  # noqa: E402
 
 RESULTS = ROOT / "results"
-HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | images/s |"
+HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | robust | images/s |"
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -27,8 +27,12 @@ def rows_of(file: Path) -> list[dict]:
 
 
 def command_of(arguments: dict) -> str:
-    """The command line that gives these arguments; of the data folder its name alone."""
+    """The command line that gives these arguments; of the data and weights their names alone."""
     parser = build_parser()
+    if not (arguments["pgd"] or arguments.get("at")):  # its default was 3, now it is the mode's
+        arguments = {**arguments, "pgd_steps": parser.get_default("pgd_steps")}
+    if arguments.get("weights"):
+        arguments = {**arguments, "weights": Path(arguments["weights"]).name}
     words = ["python main.py", Path(arguments["data_folder"]).name]
     for name, value in arguments.items():
         if name not in ("data_folder", "kind", "resume") and value != parser.get_default(name):
@@ -52,6 +56,7 @@ def summary(run: Path) -> dict:
         "best_top1": max(row["val_top1_accuracy"] for row in epochs),
         "mirrored_top1": latest.get("mirrored_top1"),
         "attacked_top1": latest.get("attacked_top1"),
+        "robust_top1": last.get("robust_top1_accuracy"),
         "images_per_second": last["images_per_second"],
         "command": command_of(config["arguments"]),
         "started": run.name.partition("_exp_")[2],
@@ -61,7 +66,8 @@ def summary(run: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
-    names = ("top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "images_per_second")
+    names = ["top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "robust_top1"]
+    names += ["images_per_second"]
     for row in rows:
         numbers = (f"{row[n]:.1f}" if row[n] is not None else "" for n in names)
         lines.append(f"| {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
@@ -77,7 +83,10 @@ def main() -> None:
         f"torch {r['torch']}, {r['started']}"
         for r in rows
     ]
-    text = f"# Training runs\n\nAccuracies in per cent.\n\n{table(rows)}\n\n" + "\n".join(made)
+    what = (
+        "Accuracies in per cent; robust: under PGD-10 after the last epoch of adversarial training."
+    )
+    text = f"# Training runs\n\n{what}\n\n{table(rows)}\n\n" + "\n".join(made)
     (RESULTS / "training.md").write_text(text + "\n")
     (RESULTS / "training.json").write_text(json.dumps(rows, indent=2) + "\n")
     print(text)

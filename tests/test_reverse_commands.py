@@ -173,9 +173,13 @@ def test_figures_are_drawn(root, tmp_path, monkeypatch):
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert drawn == {f"reverse_{name}" for name in figures.FIGURES}
     numbers = json.loads((tmp_path / "reverse_figures.json").read_text())
-    assert len(numbers["heads_compared"]) == 4
-    for losses in numbers["loss_curve"].values():
+    assert len(numbers["heads_compared"]["found"]) == 4
+    for losses in numbers["loss_curve"]["found"].values():
         assert len(losses) == figures.LAST_ITERATION + 1 and losses[-1] > losses[0]
+    assert run(root, figures, f"--results {tmp_path} --only loss_curve", 4) == 0
+    again = json.loads((tmp_path / "reverse_figures.json").read_text())
+    assert again["heads_compared"] == numbers["heads_compared"]
+    assert again["loss_curve"]["found"] != numbers["loss_curve"]["found"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,6 +331,7 @@ def test_missing_or_foreign_files_are_one_line(root, tmp_path, capsys):
     [
         (attack, "--norm l_3"),
         (attack, "--epsilon -1"),
+        (attack, "--norm all --epsilon 8"),
         (inference, "--task ssl"),
         (train, "--task SSL --n_views 4 --cached_views 2"),
         (train, "--task Clean --arch wrn-29-10"),

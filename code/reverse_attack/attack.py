@@ -6,7 +6,6 @@ python reverse_attack/attack.py --norm l_inf --attack_type cw --restarts 3 --eva
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from argparse import Namespace
@@ -22,6 +21,7 @@ import options
 from arguments import at_least
 from attack_sets import NORMS, AttackSet
 from attacks import PGD
+from classifier import Trained
 from geometry import size
 from reversal import BUDGETS, pixels_of
 
@@ -39,7 +39,10 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--restarts", type=at_least(int, 1), default=1, help="the worst run counts, by image")
     add("--eval", action="store_true", help="stop at each image's first success")
     add("--savepath", type=Path, metavar="FOLDER", help="instead of the data root")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.norm == "all" and (args.epsilon or args.pgd_alpha) is not None:
+        parser.error("--epsilon and --pgd-alpha mean another length in each norm: name one norm")
+    return args
 
 
 def attack(args: Namespace) -> None:
@@ -80,7 +83,10 @@ def make(args: Namespace, norm: str) -> PGD:
     return pgd
 
 
-def attack_all(args, norm, trained, images, device) -> AttackSet:
+def attack_all(
+    args: Namespace, norm: str, trained: Trained, images: data.Images, device: torch.device
+) -> AttackSet:
+    """Every image attacked, and what the attack was and did."""
     pgd, model, start = make(args, norm), trained.model, time.perf_counter()
     attacked, largest, clean_hits, hits = [], 0.0, 0, 0
     for x, y in images.batches(args.batchsize):
@@ -92,7 +98,19 @@ def attack_all(args, norm, trained, images, device) -> AttackSet:
             clean_hits += (model(x).argmax(1) == y).sum().item()
             hits += (model(x_adv).argmax(1) == y).sum().item()
         attacked.append(x_adv.cpu())
-    meta = {
+    measured = {
+        "images": len(images),
+        "clean_accuracy": 100 * clean_hits / len(images),
+        "attacked_accuracy": 100 * hits / len(images),
+        "largest_norm": largest,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return AttackSet(torch.cat(attacked), images.y, describe(pgd, args, norm, trained) | measured)
+
+
+def describe(pgd: PGD, args: Namespace, norm: str, trained: Trained) -> dict:
+    """How the images were made, and of which classifier."""
+    return {
         "norm": norm,
         "epsilon": pgd.epsilon,
         "epsilon_unit": "1/255" if norm == "l_inf" else "pixels in [0, 1]",
@@ -103,17 +121,11 @@ def attack_all(args, norm, trained, images, device) -> AttackSet:
         "early_stop": pgd.early_stop,
         "seed": args.seed,
         "dataset": args.dataset,
-        "images": len(images),
-        "checkpoint": os.path.basename(trained.path.parent.parent) + "/" + trained.path.name,
+        "checkpoint": f"{trained.path.parent.parent.name}/{trained.path.name}",
         "checkpoint_sha256": trained.sha256,
         "bf16": args.bf16,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "clean_accuracy": 100 * clean_hits / len(images),
-        "attacked_accuracy": 100 * hits / len(images),
-        "largest_norm": largest,
-        "seconds": round(time.perf_counter() - start, 1),
     }
-    return AttackSet(torch.cat(attacked), images.y, meta)
 
 
 def main(argv: list[str] | None = None) -> int:

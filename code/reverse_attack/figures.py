@@ -198,11 +198,12 @@ def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook
         "loss_histogram": plots.loss_histogram,
         "heads_compared": plots.heads_compared,
     }
-    numbers = options.provenance(subject.args, subject.device)
+    kept = folder / "reverse_figures.json"
+    numbers = json.loads(kept.read_text()) if kept.exists() else {}
     for name in names:
         found = FIGURES[name](subject)
         if name in NUMBERS:
-            numbers[name] = found
+            numbers[name] = options.provenance(subject.args, subject.device) | {"found": found}
         fig = plotted[name](found)
         path = folder / f"reverse_{name}.png"
         fig.savefig(path, dpi=plots.DPI)
@@ -210,8 +211,7 @@ def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook
         pixels = torch.from_numpy(plots.pixels(fig)).permute(2, 0, 1).float() / 255
         book.picture(f"Reverse/{name}", pixels, 0)
         print(f"{path.name} is drawn", flush=True)
-    text = json.dumps(numbers, indent=2) + "\n"
-    write_atomically(folder / "reverse_figures.json", text.encode())
+    write_atomically(kept, (json.dumps(numbers, indent=1) + "\n").encode())
 
 
 def figures(args: Namespace) -> None:
@@ -234,7 +234,8 @@ def figures(args: Namespace) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     with logbook.Logbook(folder) as book:
         draw(subject, args.only, args.results, book)
-    print(f"Pictures: {args.results}; tensorboard --logdir={os.path.relpath(folder)}")
+    there, events = map(os.path.relpath, (args.results, folder))
+    print(f"Pictures: {there}; tensorboard --logdir={events}")
 
 
 def main(argv: list[str] | None = None) -> int:

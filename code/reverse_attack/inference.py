@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import _path  # noqa: F401
 import attack_sets
@@ -32,6 +32,8 @@ from reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
 from utils import UserError
 
 Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
+# By row: which answers are right (N,), the loss of each image (N,), seconds an image
+Rows = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -81,8 +83,15 @@ def infer(args: Namespace) -> None:
     report(args, trained, rows)
 
 
-def measure(model, x: Tensor, y: Tensor, repair: Repair | None, args, device) -> dict:
-    """By row: which answers are right `(N,)`, the loss of each image `(N,)`, seconds an image."""
+def measure(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    repair: Repair | None,
+    args: Namespace,
+    device: torch.device,
+) -> Rows:
+    """Without the repair, and with it if there is one; the classifier never sees a label."""
     repairs = {args.norm: None} | ({f"{args.norm} + {args.task}": repair} if repair else {})
     rows = {}
     for name, change in repairs.items():
@@ -100,7 +109,7 @@ def measure(model, x: Tensor, y: Tensor, repair: Repair | None, args, device) ->
     return rows
 
 
-def report(args: Namespace, trained: Trained, rows: dict) -> None:
+def report(args: Namespace, trained: Trained, rows: Rows) -> None:
     """Print the rows and add them to the evaluations of the classifier's run."""
     folder = logbook.run_of(trained.path) or logbook.new_run("inference")
     print(f"{'Perturbation':<18} | Accuracy (%)      | Test loss")

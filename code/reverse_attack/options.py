@@ -97,7 +97,7 @@ def write_config(folder: Path, args: Namespace, device: torch.device) -> None:
 def run(command: Callable[[Namespace], None], args: Namespace) -> int:
     """Run a command; a mistake of the user's is one line, and 1 its exit status."""
     try:
-        if args.download:
+        if args.download and args.dataset == "cifar10":
             download_cifar10(args.data_root)
         torch.manual_seed(args.seed)
         command(args)

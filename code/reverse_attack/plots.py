@@ -54,13 +54,14 @@ def loss_curve(curves: dict[str, list[float]], n: int) -> plt.Figure:
     for name, losses in curves.items():
         axis.plot(range(len(losses)), losses, marker=".", label=name)
     axis.set(xlabel="iteration of the attack", ylabel=f"mean test loss (n = {n})")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend()
     return fig
 
 
 def loss_histogram(losses: dict[str, list[float]]) -> plt.Figure:
     fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    bins = np.histogram_bin_edges(sum(losses.values(), []), 30)
+    bins = np.histogram_bin_edges(sum(losses.values(), []), 20)
     for name, values in losses.items():
         label = f"{name} (mean {np.mean(values):.2f})"
         axis.hist(values, bins, histtype="step", linewidth=1.5, label=label)
@@ -71,25 +72,20 @@ def loss_histogram(losses: dict[str, list[float]]) -> plt.Figure:
 
 def heads_compared(rows: list[dict]) -> plt.Figure:
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-    for similarity in dict.fromkeys(row["similarity"] for row in rows):
+    similarities = dict.fromkeys(row["similarity"] for row in rows)
+    for similarity, aside in zip(similarities, (0.94, 1.06), strict=True):  # or bars would overlap
         mine = [row for row in rows if row["similarity"] == similarity]
         sizes = [row["batchsize"] for row in mine]
         left.plot(sizes, [row["held_out_loss"] for row in mine], marker="o", label=similarity)
         accuracy = np.array([row["reversed"] for row in mine])
         low, high = np.array([row["interval"] for row in mine]).T
-        right.errorbar(
-            sizes,
-            accuracy,
-            (accuracy - low, high - accuracy),
-            marker="o",
-            capsize=3,
-            label=similarity,
-        )
+        error = accuracy - low, high - accuracy
+        right.errorbar(np.multiply(sizes, aside), accuracy, error, fmt="o", capsize=3)
     for axis in (left, right):
         axis.set(xscale="log", xlabel="images in a batch of the head's training")
         axis.set_xticks(sizes, labels=[str(size) for size in sizes])
         axis.minorticks_off()
-        axis.legend()
+    left.legend()
     left.set_ylabel("held-out contrastive loss")
     right.set_ylabel(f"accuracy after reversal, % (n = {rows[0]['n']})")
     return fig
