@@ -46,7 +46,12 @@ def main() -> None:
     steps = args.epochs * (args.images // BATCH)
     recipe = {"epsilon": EPSILON, "pixels": PIXELS, "ramp": (steps // 4, 3 * steps // 4)}
     attack = PGD(epsilon=EPSILON, pixels=PIXELS, early_stop=True)
-    lines = ["| training | clean | PGD-10, 4/255 | minutes |", "|---|---:|---:|---:|"]
+    head = (
+        f"SimpleNet from scratch on {args.images} images of 32 x 32 ({args.data.name}), "
+        f"{args.epochs} epochs, one run each; {len(y)} test images, 95 % intervals (Wilson); "
+        "chance 10 %."
+    )
+    lines = [head, "", "| training | clean | PGD-10, 4/255 | minutes |", "|---|---:|---:|---:|"]
     for name, change in QUESTIONS.items():
         objective = ordinary if change is None else AdversarialTraining(**recipe | change)
         start = time.perf_counter()
@@ -55,18 +60,8 @@ def main() -> None:
         found = (accuracy(model, images, y) for images in (x, attack.perturb(model, x, y)))
         lines.append(f"| {name} | {' | '.join(map(interval(len(y)), found))} | {minutes:.1f} |")
         print(lines[-1], flush=True)
-    text = "\n".join(
-        [
-            f"SimpleNet from scratch on {args.images} images of 32 x 32 ({args.data.name}), "
-            f"{args.epochs} epochs, one run each; {len(y)} test images, 95 % intervals (Wilson); "
-            "chance 10 %.",
-            "",
-            *lines,
-            "",
-            provenance(),
-        ]
-    )
-    write_section("robustness.md", "Does the network still learn?", text)
+        text = "\n".join([*lines, "", provenance()])  # after each row: all of them take a while
+        write_section("robustness.md", "Does the network still learn?", text)
 
 
 if __name__ == "__main__":
