@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 import image_cache  # noqa: E402
+from batches import training_batches  # noqa: E402
 from custom_affine import inscribed_size  # noqa: E402
-from custom_dataloader import MiniPlacesLoader, training_batches  # noqa: E402
+from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import (  # noqa: E402
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -27,7 +27,8 @@ from input import COURSE, OURS, CourseImages, StepByStep  # noqa: E402
 from side_by_side import Ways, cpu_seconds, summary, write  # noqa: E402
 
 import engine  # noqa: E402
-from custom_dataloader import MiniPlacesLoader, training_batches  # noqa: E402
+from batches import training_batches  # noqa: E402
+from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import Compose  # noqa: E402
 from engine import Clock, Place, Tally  # noqa: E402
 from student_code import Attention, default_cnn_model, default_vit_model  # noqa: E402

@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT / "code"))
 
 import checkpoint  # noqa: E402
 import networks  # noqa: E402
-from custom_dataloader import MiniPlacesLoader, count_classes, held_out_batch  # noqa: E402
+from batches import held_out_batch  # noqa: E402
+from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
 from robustness import wilson  # noqa: E402
 from student_code import get_val_transforms  # noqa: E402
 

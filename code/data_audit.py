@@ -14,7 +14,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from custom_dataloader import MAX_CLASSES, MiniPlacesLoader, obey_the_trainer
+from batches import obey_the_trainer
+from custom_dataloader import MAX_CLASSES, MiniPlacesLoader
 from utils import UserError, load_image
 
 SHOWN = 20  # problems told one by one

@@ -17,8 +17,9 @@ import pictures
 import robustness
 import student_code
 from attacks import PGD
+from batches import held_out_batch, validation_batches
 from checkpoint import write_atomically
-from custom_dataloader import MiniPlacesLoader, held_out_batch, validation_batches
+from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Scores, Tally
 from geometry import Pixels

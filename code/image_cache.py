@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from batches import validation_batches
 from custom_affine import Affine, compose
-from custom_dataloader import MiniPlacesLoader, validation_batches
+from custom_dataloader import MiniPlacesLoader
 from custom_transforms import AUGMENTATION, FUSED, Compose, sample_warp
 from utils import UserError
 

@@ -25,11 +25,8 @@ import image_cache
 import logbook
 import networks
 import student_code
-from custom_dataloader import (
-    MiniPlacesLoader,
-    count_classes,
-    worker_death,
-)
+from batches import worker_death
+from custom_dataloader import MiniPlacesLoader, count_classes
 from engine import Place
 from evaluation import Evaluation
 from trainer import Trainer

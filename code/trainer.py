@@ -21,8 +21,8 @@ import engine
 import logbook
 from adversarial_training import STEPS, AdversarialTraining, Watchdog
 from attacks import PGD
+from batches import held_out_batch, training_batches, validation_batches
 from checkpoint import Progress
-from custom_dataloader import held_out_batch, training_batches, validation_batches
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
@@ -185,9 +185,17 @@ class Trainer:
         self._save_last()
         return True
 
-    def _is_best(self, clean: float, robust_top1_accuracy: float = -1.0, **_: object) -> bool:
+    def _is_best(
+        self,
+        clean: float,
+        robust_top1_accuracy: float = -1.0,
+        collapsed: bool = False,
+        **_: object,
+    ) -> bool:
         """Whether the run was never better, in what --best-by names; keeps both records."""
         progress = self.progress
+        if collapsed:  # the figures are of a network that is gone
+            return False
         better = {
             "clean": clean > progress.best_acc1,
             "robust": robust_top1_accuracy > progress.best_robust,
@@ -208,14 +216,19 @@ class Trainer:
             f"eps {attack.epsilon:g}/255, {len(y)} validation images)"
         )
         epsilon = adversary.epsilon_at(epoch * len(self.batches) - 1)
-        if epsilon > 0 and self.watchdog.collapsed(self.model, robust, epoch):
+        collapsed = epsilon > 0 and self.watchdog.collapsed(self.model, robust, epoch)
+        if collapsed:
             self.optimizer.state.clear()  # it remembers the way into the collapse
             print(
                 f"Catastrophic overfitting: robust accuracy fell from {self.watchdog.best:.1f}; "
                 f"the weights of epoch {self.watchdog.epoch} are restored. If it comes again, "
                 "use --at=pgd, a smaller --at-eps or a smaller --lr."
             )
-        return {"robust_top1_accuracy": robust, "epsilon_255": epsilon}
+        return {
+            "robust_top1_accuracy": robust,
+            "epsilon_255": epsilon,
+            "collapsed": collapsed,
+        }
 
     def _validate(self) -> Scores | None:
         """Plain accuracy over the validation set; None if a stop is asked for meanwhile."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from adversarial_training import (
 from attacks import FGSM, PGD
 from engine import Clock, Place, Tally
 from geometry import Pixels
+from trainer import Trainer
 from utils import LinearWarmupCosineAnnealingLR
 
 CPU = Place(torch.device("cpu"))
@@ -279,6 +281,7 @@ def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_
     assert "robust accuracy fell from 40.0; the weights of epoch 3 are restored" in out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["robust_top1_accuracy"] for row in rows] == [30.0, 40.0, 35.0, 3.0]
+    assert [row["collapsed"] for row in rows] == [False, False, False, True]
     curve = EventAccumulator(str(folder / "data_top1_accuracy_robust")).Reload()
     points = [(p.step, p.value) for p in curve.Scalars("data/top1_accuracy")]
     assert points == [(1, 30.0), (2, 40.0), (3, 35.0), (4, 3.0)]
@@ -289,6 +292,15 @@ def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_
         assert torch.equal(last["state_dict"][name], weights[2][name])
     assert (last["watchdog"]["best"], last["watchdog"]["epoch"]) == (40.0, 3)
     assert last["optimizer"]["state"] == {}  # no momentum into the collapse
+
+
+def test_a_collapsed_network_is_never_the_best():
+    """Its clean accuracy is often the highest of all, and its weights are gone."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.args, trainer.progress = Namespace(best_by="clean"), checkpoint.Progress()
+    assert trainer._is_best(50.0, 30.0)
+    assert not trainer._is_best(60.0, 3.0, collapsed=True)
+    assert trainer.progress.best_acc1 == 50.0 and trainer._is_best(55.0, 31.0)
 
 
 def test_weights_begin_a_run_and_stay_what_they_were_at_a_rate_of_0(run, weights_file):

@@ -21,7 +21,8 @@ import checkpoint
 import logbook
 import main
 import networks
-from custom_dataloader import EpochBatches, MiniPlacesLoader, read_label_file
+from batches import EpochBatches
+from custom_dataloader import MiniPlacesLoader, read_label_file
 from utils import MAX_PIXELS, UserError, load_image
 
 CODE = Path(main.__file__).parent

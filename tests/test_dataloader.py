@@ -15,14 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from custom_dataloader import (
-    EpochBatches,
-    MiniPlacesLoader,
-    Reproducible,
-    count_classes,
-    training_batches,
-    validation_batches,
-)
+from batches import EpochBatches, Reproducible, training_batches, validation_batches
+from custom_dataloader import MiniPlacesLoader, count_classes
 from custom_transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,

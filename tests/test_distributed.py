@@ -22,12 +22,8 @@ import checkpoint
 import logbook
 import main
 import networks
-from custom_dataloader import (
-    EpochBatches,
-    MiniPlacesLoader,
-    training_batches,
-    validation_batches,
-)
+from batches import EpochBatches, training_batches, validation_batches
+from custom_dataloader import MiniPlacesLoader
 from utils import UserError
 
 if not hasattr(os, "fork"):

@@ -14,12 +14,8 @@ import pytest
 import torch
 
 import image_cache
-from custom_dataloader import (
-    MiniPlacesLoader,
-    held_out_batch,
-    training_batches,
-    validation_batches,
-)
+from batches import held_out_batch, training_batches, validation_batches
+from custom_dataloader import MiniPlacesLoader
 from custom_transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import student_code
-from custom_dataloader import MiniPlacesLoader, count_classes, validation_batches
+from batches import validation_batches
+from custom_dataloader import MiniPlacesLoader, count_classes
 from utils import UserError
 
 IMAGE = (1, 3, 128, 128)
