@@ -41,12 +41,26 @@ def ours(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
                 yield norm, name, lambda x, y, attack=attack: attack.perturb(model, x, y)
 
 
+class PlainLayout(nn.Module):
+    """The model with gradients in the default memory layout, which torchattacks relies on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        if x.requires_grad:
+            x.register_hook(torch.Tensor.contiguous)
+        return self.model(x)
+
+
 def of_torchattacks(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
     try:
         import torchattacks
     except ImportError:
         return
-    epsilon = BUDGETS["l2"]
+    model, epsilon = PlainLayout(model).eval(), BUDGETS["l2"]
     for steps in STEPS:
         step = 2.5 * epsilon / steps
         yield (

@@ -12,6 +12,7 @@ results/robustness.md with a column for each network, and what the health lights
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from results_file import provenance, write_section
 from small_images import BATCH, PIXELS, load, train
 from torch import Tensor, nn
 from trained import best_network, interval, validation_images
+from training import command_of
 
 from adversarial_training import STEPS, AdversarialTraining, ordinary
 from attacks import APGD, PGD, Attack
@@ -64,6 +66,12 @@ def row_values(
 def of_runs(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
     models = dict(best_network(run, args.data) for run in args.runs)
     return models, *validation_images(args.data, args.images)
+
+
+def how_trained(run: Path) -> str:
+    """A line of Markdown: the run, and the command it was trained by."""
+    config = json.loads((run / "config.json").read_text())
+    return f"- {run.name}: `{command_of(config['arguments'])}`, commit {config['commit']}"
 
 
 def trained_here(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
@@ -114,6 +122,8 @@ def main() -> None:
         head,
         "",
         *table,
+        "",
+        *map(how_trained, args.runs),
         "",
         f"Health lights of PGD-20, {len(probed[1])} images:",
         "",

@@ -176,13 +176,7 @@ def test_the_defence_aware_loss_asks_for_agreement_too():
     aware = DefenceAware(loss.classifier, loss, margin, 10.0, seed=0)
     joint = aware.joint_loss(aware(x), y, None)
     aware = DefenceAware(loss.classifier, loss, margin, 10.0, seed=0)  # the same views again
-    torch.testing.assert_close(
-        joint, margin(loss.classifier(x), y, None) - 10 * loss_again(loss, x)
-    )
-
-
-def loss_again(loss: ContrastiveLoss, x: torch.Tensor) -> torch.Tensor:
-    return loss(x)
+    torch.testing.assert_close(joint, margin(loss.classifier(x), y, None) - 10 * loss(x))
 
 
 def test_the_same_answers_are_compared_in_every_cell():

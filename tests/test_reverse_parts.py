@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import resnets
+import verdict
 from adaptive import Defended
 from classifier import Classifier
 from contrastive import TEMPERATURE, ContrastiveLoss, Head, chance, info_nce
 from intervals import Paired, mcnemar
+from protocol import Cost, Result
 from reversal import Reversal
 from views import crop, hue_rotation, recolour, views
 
@@ -146,7 +148,7 @@ def test_colours_are_those_of_torchvisions_operations_in_order():
             matrix = hue_rotation(turn)[0]
             rotated = torch.einsum("ij,njhw->nihw", torch.linalg.inv(matrix), seen)
             mean = (functional.rgb_to_grayscale(b * x)).mean()
-            expected = functional.adjust_saturation(x, 1.0) * b * c + (1 - c) * mean
+            expected = x * b * c + (1 - c) * mean
             grey_of = functional.rgb_to_grayscale(expected, 3)
             torch.testing.assert_close(
                 rotated, s * expected + (1 - s) * grey_of, atol=2e-3, rtol=2e-3
@@ -264,3 +266,38 @@ def test_bpda_takes_the_classifiers_gradient_at_the_reversed_images_averaged_ove
 def test_without_steps_the_defended_classifier_is_the_classifier():
     net, x = defended(steps=0, draws=2), random(2, 3, 16, 16)
     torch.testing.assert_close(net(x), net.classifier(x).log_softmax(1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Verdict
+# ---------------------------------------------------------------------------------------------
+
+
+def result(fixed: int, broken: int) -> Result:
+    """40 images, of which the repair changes these."""
+    static = torch.arange(40) < 20
+    defended = static.clone()
+    defended[20 : 20 + fixed], defended[:broken] = True, False
+    return Result(static, defended, Cost(2, 0.5), Cost(3, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "broken", "words"),
+    [(15, 2, "the reversal helps"), (1, 14, "the reversal harms"), (6, 3, "not shown to help")],
+)
+def test_the_verdict_says_which_way_the_counts_point(fixed, broken, words):
+    row = verdict.row_of(result(fixed, broken))
+    assert row["gain"] == pytest.approx(100 * (fixed - broken) / 40)
+    content = {
+        "transfer": {"clean": {"transfer": row}, "PGD": {"transfer": row}},
+        "controls": {"untrained head": {"control": row}, "noise": {"control": row}},
+        "worst_case": row,
+    }
+    assert words in verdict.in_words(content)
+
+
+def test_the_worst_case_needs_every_answer_right():
+    table = {"a": {"x": result(10, 0), "y": result(0, 5)}, "b": {"x": result(3, 0)}}
+    worst = verdict.worst(table)
+    assert (worst.static.sum(), worst.defended.sum()) == (20, 15)
+    assert (worst.attack, worst.defence) == (Cost(6, 1.5), Cost(9, 0.75))

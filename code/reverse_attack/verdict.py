@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from pathlib import Path
 
 import torch
 
 from checkpoint import write_atomically
-from intervals import Paired, percent
+from intervals import Paired
 from protocol import BPDA, Cost, Result, Table
 from robustness import wilson
 from utils import UserError
@@ -49,9 +50,11 @@ def row_of(result: Result) -> dict:
     return row
 
 
-def line_of(attack: str, column: str, result: Result) -> str:
-    row, n = row_of(result), len(result.static)
-    static, defended = (percent(v.sum().item(), n) for v in (result.static, result.defended))
+def line_of(attack: str, column: str, row: dict) -> str:
+    static, defended = (
+        "{:.1f} [{:.1f}, {:.1f}]".format(row[name], *row[f"{name}_interval"])
+        for name in ("static", "defended")
+    )
     return (
         f"| {attack} | {column} | {static} | {defended} | {row['gain']:+.1f} | {row['fixed']} "
         f"| {row['broken']} | {row['p']:.2g} "
@@ -60,20 +63,22 @@ def line_of(attack: str, column: str, result: Result) -> str:
     )
 
 
-def lines_of(title: str, table: Table) -> str:
-    lines = (line_of(a, c, r) for a, columns in table.items() for c, r in columns.items())
+def lines_of(title: str, table: dict) -> str:
+    lines = (line_of(a, c, row) for a, columns in table.items() for c, row in columns.items())
     return HEADER.format(title) + "".join(lines)
 
 
-def in_words(plain: Table, adaptive: Table) -> str:
+def in_words(content: dict) -> str:
     """The verdict: the figures and which way they point, whichever it is."""
-    transfer = [
-        f"{attack} {row['gain']:+.1f} (p = {row['p']:.2g})"
-        for attack, columns in plain.items()
-        if attack != "clean"
-        for row in (row_of(columns["transfer"]),)
-    ]
-    clean, last = row_of(plain["clean"]["transfer"]), row_of(worst(adaptive))
+
+    def gain(row: dict) -> str:
+        return f"{row['gain']:+.1f} (p = {row['p']:.2g})"
+
+    transfer = {attack: columns["transfer"] for attack, columns in content["transfer"].items()}
+    clean = transfer.pop("clean")
+    gains = ", ".join(f"{attack} {gain(row)}" for attack, row in transfer.items())
+    control = content["controls"]
+    last = content["worst_case"]
     if last["p"] >= LEVEL:
         what = "no significant difference: the reversal is not shown to help or to harm"
     elif last["gain"] > 0:
@@ -81,11 +86,12 @@ def in_words(plain: Table, adaptive: Table) -> str:
     else:
         what = "significantly fewer: against attacks that know of it, the reversal harms"
     return (
-        f"Verdict: against attacks that do not know of it (transfer), the reversal gains "
-        f"{', '.join(transfer)} points; on clean images {clean['gain']:+.1f} "
-        f"(p = {clean['p']:.2g}). Image-wise worst case over all rows and columns, n = "
-        f"{last['n']}: {last['defended']:.1f} % with the reversal, {last['static']:.1f} % without "
-        f"(p = {last['p']:.2g}), {what}."
+        f"Verdict: against attacks that do not know of it (transfer), the reversal gains {gains} "
+        f"points; on clean images {gain(clean)}. On PGD-CE's images, reversal by an untrained head "
+        f"gains {gain(control['untrained head']['control'])}, noise "
+        f"{gain(control['noise']['control'])}. Image-wise worst case over all rows and columns, "
+        f"n = {last['n']}: {last['defended']:.1f} % with the reversal, {last['static']:.1f} % "
+        f"without (p = {last['p']:.2g}), {what}."
     )
 
 
@@ -95,53 +101,48 @@ def write(stem: Path, about: dict, plain: Table, controls: Table, adaptive: Tabl
     Raises:
         UserError: the folder cannot be written.
     """
-    words = in_words(plain, adaptive)
     tables = {"transfer": plain, "controls": controls, "adaptive": adaptive}
-    content = {
-        **about,
-        **{
-            name: {a: {c: row_of(r) for c, r in columns.items()} for a, columns in table.items()}
-            for name, table in tables.items()
-        },
-        "worst_case": row_of(worst(adaptive)),
-        "verdict": words,
+    rows = {
+        name: {a: {c: row_of(r) for c, r in columns.items()} for a, columns in table.items()}
+        for name, table in tables.items()
     }
+    content = {**about, **rows, "worst_case": row_of(worst(adaptive))}
+    content["verdict"] = in_words(content)
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot write to {stem.parent}: {e.strerror}") from None
-    text = markdown(about, plain, controls, adaptive, words)
     write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=2) + "\n").encode())
-    write_atomically(stem.with_suffix(".md"), text.encode())
-    print(f"{words}\nWritten: {stem}.json, .md")
+    write_atomically(stem.with_suffix(".md"), markdown(content).encode())
+    print(f"{content['verdict']}\nWritten: {os.path.relpath(stem)}.json, .md")
 
 
-def markdown(about: dict, plain: Table, controls: Table, adaptive: Table, words: str) -> str:
-    size, network = about["size"], about["classifier"]
+def markdown(content: dict) -> str:
+    """What the JSON file holds, for readers."""
+    size, network, headline = content["size"], content["classifier"], content["worst_case"]
     (steps, n_views), (short_steps, short_views) = size["reversal"], size["short"]
-    headline = row_of(worst(adaptive))
     low, high = headline["defended_interval"]
     shortened = "" if size["short"] == size["reversal"] else ", shortened to be affordable"
     parts = [
-        f"# What the reversal is worth: protocol {about['protocol']}",
+        f"# What the reversal is worth: protocol {content['protocol']}",
         f"**{headline['defended']:.1f} % [{low:.1f}, {high:.1f}] of {headline['n']} images "
         "withstand every attack below behind the reversal, "
         f"{headline['static']:.1f} % without it.**",
-        f"`{about['command']}`, commit {about['commit']}, {about['device']}, torch "
-        f"{about['torch']}, {about['date']}. Network {network['arch']} "
+        f"`{content['command']}`, commit {content['commit']}, {content['device']}, torch "
+        f"{content['torch']}, {content['date']}. Network {network['arch']} "
         f"(SHA-256 {network['sha256'][:12]}), "
-        f"{'bfloat16' if about['arguments']['bf16'] else 'float32'}. "
-        f"Attacks in l∞ of ε = {about['epsilon_255']:g}/255, reversal of twice that, its negatives "
-        "a fixed bank. Accuracy with Wilson's 95 % interval; gain in points, images fixed and "
-        "broken by the reversal, exact McNemar p; passes (forward and backward) and seconds an "
-        "image.",
+        f"{'bfloat16' if content['arguments']['bf16'] else 'float32'}. "
+        f"Attacks in l∞ of ε = {content['epsilon_255']:g}/255, reversal of twice that, its "
+        "negatives a fixed bank. Accuracy with Wilson's 95 % interval; gain in points, images "
+        "fixed and broken by the reversal, exact McNemar p; passes (forward and backward) and "
+        "seconds an image.",
         "## Attacks that do not know of the reversal (transfer, the setting of its paper)",
         f"n = {size['n']}; reversal: {steps} steps, {n_views} views. PGD: {size['pgd']} steps, "
         f"APGD: {size['apgd']}, Square: {size['queries']} queries; random start, no restarts.",
-        lines_of("attack", plain),
+        lines_of("attack", content["transfer"]),
         "## Controls",
         "On what PGD-CE made, unless it says clean. The true label is known to nobody: a ceiling.",
-        lines_of("instead of the reversal", controls),
+        lines_of("instead of the reversal", content["controls"]),
         "## Attacks that know of it",
         f"n = {size['n_adaptive']}, the first of those above; reversal: {short_steps} steps, "
         f"{short_views} views{shortened}, and transfer measured again on it. Aware: "
@@ -150,7 +151,7 @@ def markdown(about: dict, plain: Table, controls: Table, adaptive: Table, words:
         f"Square: {size['defended_queries']} queries of the defended classifier. Each attack's "
         "images are judged without and with the reversal; the last row counts an image as right "
         "only if it is so in all rows above.",
-        lines_of("attack", adaptive) + line_of("**worst case**", "all", worst(adaptive)),
-        words,
+        lines_of("attack", content["adaptive"]) + line_of("**worst case**", "all", headline),
+        content["verdict"],
     ]
     return "\n\n".join(p.strip() if "|" in p else textwrap.fill(p, 100) for p in parts) + "\n"
