@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--start-epoch", type=at_least(int, 0), default=0, help="epochs taken as done already")
     add("-b", "--batch-size", type=at_least(int, 1), default=256)
     add("--lr", "--learning-rate", type=at_least(float, 0), default=0.1)
-    add("--warmup", type=at_least(float, 0), default=5, help="epochs")
+    add("--warmup", type=at_least(float, 0, 1e6), default=5, help="epochs")
     add("--momentum", type=at_least(float, 0, 1), default=0.9, help="SGD alone")
     add("--wd", "--weight-decay", type=at_least(float, 0), default=1e-4)
     add("--clip-grad", type=at_least(float, 0), default=1.0, help="ViT only; 0 = off")

@@ -6,6 +6,7 @@ driver. Sums stay on the device until someone reads them, so that a step never w
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,9 @@ class Place:
     def network(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """`model` itself, moved here; its parameters, their names and its logits stay float32."""
         model.to(self.device, memory_format=self.memory_format)
+        if not trains_on(model, self.images(torch.zeros(1, 3, 128, 128))):
+            self.memory_format = torch.contiguous_format
+            model.to(memory_format=self.memory_format)
         if self.amp:
             model.forward = torch.autocast(self.device.type, self.amp)(model.forward)
             model.register_forward_hook(lambda module, inputs, logits: logits.float())
@@ -67,6 +71,16 @@ class Place:
             return None
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def trains_on(model: nn.Module, x: Tensor) -> bool:
+    """Whether `model` goes forward and back in the memory layout of x: a student's may `view`."""
+    trial = copy.deepcopy(model).eval()
+    try:
+        trial(x.requires_grad_(True)).sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Tally:

@@ -43,6 +43,8 @@ def keep(dataset: MiniPlacesLoader, place: str, workers: int, device: torch.devi
         UserError: there is no room, an image cannot be read or has a size of its own, or, on the
             device, the transforms are not the course's.
     """
+    if place == "none":
+        return
     first = dataset.read(0)
     size = len(dataset) * first.nbytes
     if place == "disk":
@@ -107,7 +109,8 @@ def tell(dataset: MiniPlacesLoader, place: str, size: int, free: int) -> None:
     needs = f"{len(dataset)} {dataset.split} images take {size / 1e9:.2f} GB"
     if size > free:
         raise UserError(f"--cache: {needs} and {place} has {free / 1e9:.2f} GB free: use another")
-    print(f"Cache: {needs} of {free / 1e9:.2f} GB free ({place}).")
+    known = "" if free == sys.maxsize else f" of {free / 1e9:.2f} GB free"
+    print(f"Cache: {needs}{known} ({place}).")
 
 
 def free_memory(device: torch.device | None = None) -> int:

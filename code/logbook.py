@@ -67,11 +67,12 @@ def run_of(checkpoint: str | Path) -> Path | None:
 
 def run_launched_as(launch: str) -> Path | None:
     """The run that these processes had begun before torchrun restarted them."""
+    begun = []
     for config in LOGS.glob("*_exp_*/config.json"):
         with contextlib.suppress(OSError, ValueError):
             if json.loads(config.read_bytes()).get("launch") == launch:
-                return config.parent
-    return None
+                begun.append(config.parent)
+    return max(begun, key=lambda folder: folder.name.partition("_exp_")[2], default=None)
 
 
 def add_evaluation(folder: Path, **row: object) -> None:

@@ -67,7 +67,7 @@ def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dic
         kind = networks.kind_of(content["state_dict"], num_classes)
     model = networks.build(kind, num_classes)
     checkpoint.load_weights(model, content, path)
-    print(f"Loaded {path}: {kind} after {content.get('epoch', '?')} epochs.")
+    print(f"Loaded {path}: {kind}, epochs done: {content.get('epoch', '?')}.")
     return kind, model, content if args.resume else {}
 
 
@@ -96,7 +96,7 @@ def find_checkpoint(args: Namespace) -> str:
 def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlacesLoader]) -> None:
     """--skip-bad-images; a resumed run leaves out what it always did, so that it stays the same."""
     names = None if args.evaluate or args.attack else checkpoint.left_out(content)
-    if names is None and args.skip_bad_images:
+    if args.skip_bad_images and not names:
         print("Reading every image once, to leave out the bad ones")
         names = data_audit.unreadable(datasets, args.workers)
     for dataset in datasets:

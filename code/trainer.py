@@ -287,9 +287,10 @@ class Trainer:
 
     def _report_stop(self) -> int:
         last = os.path.relpath(self.models / checkpoint.LAST)
-        words = [w for w in sys.argv if not w.startswith("--resume=")]
-        if "--resume" in words:
-            del words[words.index("--resume") :][:2]
+        words = [w for w in sys.argv if not w.startswith(("--resume=", "--start-epoch="))]
+        for flag in {"--resume", "--start-epoch"} & set(words):
+            at = words.index(flag)
+            del words[at : at + 2]
         print(f"Stopped and saved. Go on with:\n  python {shlex.join(words)} --resume={last}")
         return 128 + self.point.stopped_by
 

@@ -273,6 +273,17 @@ def test_skipped_images_are_counted_listed_and_the_same_after_a_resume(data, log
     assert checkpoint.load(last)["left_out"] == sorted(spoilt)
 
 
+def test_a_run_that_a_bad_image_stopped_goes_on_without_it(data, logs, capsys):
+    assert run(capsys, data, "--epochs=1")[0] == 0
+    bad = training_images(data)[5]
+    (data / "images" / bad).write_bytes(b"")
+    last = next(logs.iterdir()) / "models" / checkpoint.LAST
+    assert run(capsys, data, "--epochs=2", f"--resume={last}")[0] == 1
+    status, out, _ = run(capsys, data, "--epochs=2", f"--resume={last}", "--skip-bad-images")
+    assert status == 0 and f"left out: {bad}" in out
+    assert checkpoint.load(last)["left_out"] == [bad]
+
+
 def test_all_images_bad_is_an_error(data, logs, capsys):
     for name in training_images(data):
         (data / "images" / name).write_bytes(b"")

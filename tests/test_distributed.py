@@ -197,7 +197,7 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(sample_root, tmp_path)
     )
     assert done.returncode == 0, done.stdout + done.stderr
     [folder] = (tmp_path / "logs").glob("torch_conv_exp_*")
-    assert "torch_conv after 1 epochs" in done.stdout
+    assert "torch_conv, epochs done: 1" in done.stdout
     assert [row["epoch"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3]
 
 

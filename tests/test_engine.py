@@ -210,3 +210,28 @@ def test_attack_counts_the_same_images_before_and_after():
     black = model(torch.full((1, 3, 9, 9), -2.0)).argmax().item()
     hits = sum((y == black).sum().item() for _, y in batches)
     assert adversarial.read()[1].acc1 == pytest.approx(100 * hits / 18)
+
+
+class Views(nn.Module):
+    """Has `view` where `flatten` would do, as many answers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=16)
+        self.fc = nn.Linear(4 * 8 * 8, 5)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.fc(x.view(x.size(0), -1))
+
+
+def test_a_network_that_needs_the_ordinary_layout_gets_it():
+    place = Place(torch.device("cpu"))
+    model = place.network(Views())
+    assert place.memory_format == torch.contiguous_format
+    model(place.images(torch.rand(2, 3, 128, 128))).sum().backward()
+    other = Place(torch.device("cpu"))
+    net = other.network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    assert other.memory_format == torch.channels_last
+    assert net.training and int(net[1].num_batches_tracked) == 0
+    assert all(p.grad is None for p in net.parameters())

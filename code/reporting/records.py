@@ -99,7 +99,7 @@ class Run:
 
     def argument(self, name: str) -> object:
         """A flag's value, None where the run did not record it."""
-        return self.config.get("arguments", {}).get(name)
+        return (self.config.get("arguments") or {}).get(name)
 
     def data_folder(self) -> Path | None:
         """Where the run found its images; relative names start from code/, as main.py does."""

@@ -142,7 +142,9 @@ def robustness(run: Run, album: Album) -> Section | None:
 
 
 def warnings_of(evaluation: dict) -> str:
-    return ", ".join(light["name"] for light in evaluation["lights"] if light["warns"]) or "none"
+    return (
+        ", ".join(light["name"] for light in evaluation["lights"] or [] if light["warns"]) or "none"
+    )
 
 
 def convolution(file: Path) -> Section | None:

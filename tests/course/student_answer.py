@@ -79,7 +79,8 @@ class SimpleNet(nn.Module):
         self.classifier = nn.Linear(96, num_classes)
 
     def forward(self, x):
-        return self.classifier(self.body(x).flatten(1))
+        x = self.body(x)
+        return self.classifier(x.view(x.size(0), -1))
 
 
 default_cnn_model = SimpleNet
