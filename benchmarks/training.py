@@ -2,7 +2,7 @@
 
     python benchmarks/training.py logs/RUN [logs/RUN ...]
 
-Reads config.json, metrics.jsonl and evaluations.jsonl of each run folder and writes
+Reads config.json, metrics.jsonl and evaluations.jsonl of each run folder and adds to
 results/training.{json,md}: a row a run, with the command, commit, device and date it was made with.
 """
 
@@ -46,7 +46,8 @@ def summary(run: Path) -> dict:
     config = json.loads((run / "config.json").read_text())
     epochs, looks = rows_of(run / "metrics.jsonl"), rows_of(run / "evaluations.jsonl")
     last = epochs[-1]
-    latest = {name: value for look in looks for name, value in look.items()}
+    usual = [look for look in looks if "attack" not in look]  # by default_attack, if by any
+    latest = {name: value for look in usual for name, value in look.items()}
     return {
         "run": run.name,
         "kind": config["kind"],
@@ -69,7 +70,7 @@ def table(rows: list[dict]) -> str:
     names = ["top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "robust_top1"]
     names += ["images_per_second"]
     for row in rows:
-        numbers = (f"{row[n]:.1f}" if row[n] is not None else "" for n in names)
+        numbers = (f"{row[n]:.1f}" if row.get(n) is not None else "" for n in names)
         lines.append(f"| {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
@@ -77,7 +78,9 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    rows = [summary(run) for run in parser.parse_args().runs]
+    known = {row["run"]: row for row in json.loads((RESULTS / "training.json").read_text())}
+    known |= {run.name: summary(run) for run in parser.parse_args().runs}
+    rows = sorted(known.values(), key=lambda row: row["started"])
     made = [
         f"- {r['kind']}: `{r['command']}`, commit {r['commit']}, {r['device']}, "
         f"torch {r['torch']}, {r['started']}"

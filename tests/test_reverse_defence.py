@@ -133,6 +133,14 @@ def test_reversal_and_attacks_leave_both_networks_as_they_were():
     assert_unchanged(before, snapshot(loss))
 
 
+def test_a_loss_in_training_mode_leaves_the_classifiers_mode_alone():
+    loss = make_loss().train()
+    loss.classifier.eval()
+    before = snapshot(loss.classifier)
+    Reversal(loss.on_views(2), steps=1)(images(), seed=0)
+    assert_unchanged(before, snapshot(loss.classifier))
+
+
 def test_head_training_leaves_the_classifier_and_its_buffers_as_they_were():
     loss = make_loss()
     model, device = loss.classifier, torch.device("cpu")

@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--eval", action="store_true", help="stop at each image's first success")
     add("--savepath", type=Path, metavar="FOLDER", help="instead of the data root")
     args = parser.parse_args(argv)
-    if args.norm == "all" and (args.epsilon or args.pgd_alpha) is not None:
+    if args.norm == "all" and (args.epsilon, args.pgd_alpha) != (None, None):
         parser.error("--epsilon and --pgd-alpha mean another length in each norm: name one norm")
     return args
 
@@ -50,7 +50,10 @@ def attack(args: Namespace) -> None:
     listing = data.list_images(args.dataset, args.data_root, "test")
     trained = classifier.from_args(args, len(listing.classes), device)
     images = listing.sample(args.seed, args.limit)
-    for norm in NORMS if args.norm == "all" else (args.norm,):
+    norms = NORMS if args.norm == "all" else (args.norm,)
+    for norm in norms:
+        options.writable((args.savepath or args.data_root) / "pgd" / norm)
+    for norm in norms:
         made = attack_all(args, norm, trained, images, device)
         to = attack_sets.save(made, args.savepath or args.data_root, norm, args.attack_iters)
         print(

@@ -124,6 +124,10 @@ def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> Trained
     """
     content = checkpoint.load(path)
     found = content.get("kind")
+    if not isinstance(found, str) and "task" not in content:  # perhaps an old file of main.py
+        likely = networks.kind_of(content["state_dict"], num_classes)
+        if not checkpoint.misfits(networks.build(likely, num_classes), content["state_dict"]):
+            found = likely
     if isinstance(found, str) and found in networks.BUILDERS:
         arch, net = found, networks.build(found, num_classes)
         model = Classifier(net, IMAGENET_MEAN, IMAGENET_STD, bf16)

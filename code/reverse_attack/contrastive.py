@@ -92,7 +92,7 @@ class ContrastiveLoss(nn.Module):
     def on_views(self, n: int) -> ContrastiveLoss:
         """The same on n views of each image, drawn by a generator of its own."""
         same = self.classifier, self.head, self.similarity
-        return ContrastiveLoss(*same, n, self.bank).train(self.training)
+        return ContrastiveLoss(*same, n, self.bank)
 
     def forward(self, x: Tensor) -> Tensor:
         seen = views(x, self.n_views, self.generator)

@@ -144,7 +144,10 @@ def list_images(dataset: str, root: Path, split: str) -> Listing:
 def _list_folders(root: Path, split: str) -> Listing:
     folder = root / "cifar10" / split
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [sorted(p for p in (folder / c).iterdir() if p.is_file()) for c in classes]
+    files = [
+        sorted(p for p in (folder / c).iterdir() if p.is_file() and p.name[0] != ".")
+        for c in classes
+    ]
     if not all(files) or not classes:
         raise UserError(f"{folder} has no class folders, or one without images")
     y = torch.repeat_interleave(torch.tensor([len(f) for f in files]))

@@ -38,13 +38,14 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 def evaluate(args: Namespace) -> None:
+    options.writable(args.results)
     device = options.choose_device(args.device)
     listing = data.list_images(args.dataset, args.data_root, "test")
     trained = classifier.from_args(args, len(listing.classes), device)
     head = heads.from_args(args, trained)
     size = PROTOCOLS[args.protocol]
-    images = listing.sample(args.seed, min(args.limit or size.n, size.n))
-    few = min(args.adaptive_limit or size.n_adaptive, size.n_adaptive, len(images))
+    images = listing.sample(args.seed, args.limit or size.n)
+    few = min(args.adaptive_limit or size.n_adaptive, len(images))
     size = dataclasses.replace(size, n=len(images), n_adaptive=few)
     evaluation = Evaluation(
         model=trained.model,

@@ -79,10 +79,20 @@ class Subject:
             pixels=pixels_of(norm),
         )
 
+    def attacked(self, norm: str, steps: int, loss=cross_entropy) -> Tensor:
+        """All images attacked, a batch at a time."""
+        attack = self.attack(norm, steps, loss)
+        parts = zip(self.batches(self.x), self.batches(self.y), strict=True)
+        return torch.cat([attack.perturb(self.model, x, y) for x, y in parts])
+
     def reverse(self, x: Tensor, loss: ContrastiveLoss | None = None) -> Tensor:
         steps, n_views = SHORT
-        loss = (loss or self.contrastive).on_views(n_views)
-        return Reversal(loss, steps=steps)(x, self.args.seed)
+        reversal = Reversal((loss or self.contrastive).on_views(n_views), steps=steps)
+        parts = enumerate(self.batches(x), self.args.seed)
+        return torch.cat([reversal(part, seed) for seed, part in parts])
+
+    def batches(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self.args.batchsize)
 
 
 def iterations(subject: Subject) -> dict:
@@ -104,12 +114,12 @@ def loss_curve(subject: Subject) -> dict:
 
         def recorded(logits: Tensor, y: Tensor, t: Tensor | None, seen=seen) -> Tensor:
             loss = cross_entropy(logits, y, t)
-            seen.append(loss.mean().item())
+            seen.append(loss.sum().item())
             return loss
 
-        attack = subject.attack(norm, LAST_ITERATION + 1, recorded)  # a step sees the one before
-        attack.perturb(subject.model, subject.x, subject.y)
-        curves[name] = seen
+        subject.attacked(norm, LAST_ITERATION + 1, recorded)  # a step sees the one before
+        by_batch = torch.tensor(seen).view(-1, LAST_ITERATION + 1)
+        curves[name] = (by_batch.sum(0) / len(subject.x)).tolist()
     return curves
 
 
@@ -132,12 +142,13 @@ def held_out_loss(subject: Subject, x: Tensor, draws: int = 4) -> Tensor:
     """The contrastive loss of each image, averaged over views that no reversal has seen."""
     loss = subject.contrastive
     loss.generator.manual_seed(subject.args.seed + 1)
-    return torch.stack([loss(x) for _ in range(draws)]).mean(0).cpu()
+    drawn = [torch.cat([loss(part) for part in subject.batches(x)]) for _ in range(draws)]
+    return torch.stack(drawn).mean(0).cpu()
 
 
 def loss_histogram(subject: Subject) -> dict:
     """The contrastive loss of clean, attacked and reversed images on held-out views."""
-    attacked = subject.attack("linf", 10).perturb(subject.model, subject.x, subject.y)
+    attacked = subject.attacked("linf", 10)
     kinds = {
         "clean": subject.x,
         "attacked": attacked,
@@ -155,7 +166,7 @@ def heads_compared(subject: Subject) -> list[dict]:
     cached = head_training.features_of_views(model, train, 4, args.seed, device)
     features = head_training.ViewFeatures(model, train, 4, device, cached)
     held_out = head_training.features_of_views(model, val, 4, args.seed + 1, device)
-    attacked = subject.attack("linf", 10).perturb(model, subject.x, subject.y)
+    attacked = subject.attacked("linf", 10)
     rows = []
     for similarity in SIMILARITIES:
         for batchsize in BATCH_SIZES:
@@ -167,9 +178,10 @@ def heads_compared(subject: Subject) -> list[dict]:
             loss = head_training.held_out_loss(head, held_out, similarity)
             bank = subject.contrastive.bank
             contrastive = ContrastiveLoss(model, head.eval(), similarity, 2, bank)
+            recovered = subject.batches(subject.reverse(attacked, contrastive))
             with torch.no_grad():
-                right = model(subject.reverse(attacked, contrastive)).argmax(1) == subject.y
-            hits, n = right.sum().item(), len(right)
+                answers = torch.cat([model(part).argmax(1) for part in recovered])
+            hits, n = (answers == subject.y).sum().item(), len(answers)
             rows.append(
                 {
                     "similarity": similarity,
@@ -217,6 +229,7 @@ def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook
 def figures(args: Namespace) -> None:
     if not importlib.util.find_spec("matplotlib"):
         raise UserError("the figures need matplotlib: pip install matplotlib")
+    options.writable(args.results)
     device = options.choose_device(args.device)
     listing = data.list_images(args.dataset, args.data_root, "test")
     trained = classifier.from_args(args, len(listing.classes), device)
@@ -231,7 +244,6 @@ def figures(args: Namespace) -> None:
         device,
     )
     folder = logbook.run_of(trained.path) or logbook.new_run("figures")
-    args.results.mkdir(parents=True, exist_ok=True)
     with logbook.Logbook(folder) as book:
         draw(subject, args.only, args.results, book)
     there, events = map(os.path.relpath, (args.results, folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shlex
@@ -68,6 +69,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def writable(folder: Path) -> Path:
+    """The folder, made if need be: asked for before the work whose results go there.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder}: no permission")
+    return folder
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -76,16 +92,22 @@ def device_name(device: torch.device) -> str:
 
 def provenance(args: Namespace, device: torch.device) -> dict:
     """How a result came about; paths of this machine are left out."""
-    kept = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | None)}
+    kept = {k: bare(v) for k, v in vars(args).items() if isinstance(v, int | float | str | None)}
     script = Path(sys.argv[0]).name
+    words = ("=".join(map(bare, word.split("="))) for word in sys.argv[1:])
     return {
-        "command": shlex.join(["python", f"reverse_attack/{script}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"reverse_attack/{script}", *words]),
         "arguments": kept,
         "commit": logbook.commit(),
         "device": device_name(device),
         "torch": torch.__version__,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
+
+
+def bare(value: object) -> object:
+    """Of an absolute path its last part; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def write_config(folder: Path, args: Namespace, device: torch.device) -> None:

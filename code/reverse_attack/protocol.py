@@ -77,10 +77,17 @@ Made = tuple[Tensor, Cost]  # attacked images and what they cost
 Table = dict[str, dict[str, Result]]  # by row, then by column
 
 
+def now() -> float:
+    """Seconds, once a GPU has done what it was given so far."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
 def cost_of(model: Classifier, images: int) -> Iterator[Cost]:
     """What a block costs for each of its images, known when it has ended."""
-    cost, start = Cost(), time.perf_counter()
+    cost, start = Cost(), now()
 
     def count(_, inputs, logits: Tensor) -> None:
         cost.passes += (2 if logits.requires_grad else 1) * len(logits) / images
@@ -90,7 +97,7 @@ def cost_of(model: Classifier, images: int) -> Iterator[Cost]:
         yield cost
     finally:
         hook.remove()
-        cost.seconds = (time.perf_counter() - start) / images
+        cost.seconds = (now() - start) / images
 
 
 @dataclass(frozen=True)

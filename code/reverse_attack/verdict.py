@@ -13,12 +13,11 @@ from checkpoint import write_atomically
 from intervals import Paired
 from protocol import BPDA, Cost, Result, Table
 from robustness import wilson
-from utils import UserError
 
 LEVEL = 0.05  # of significance
 
 HEADER = (
-    "| {} | | classifier alone, % | with reversal, % | gain | fixed | broken | p "
+    "| {} | | classifier alone, % | {}, % | gain | fixed | broken | p "
     "| passes: attack, defence | s: attack, defence |\n|---|---|---|---|---|---|---|---|---|---|\n"
 )
 
@@ -63,9 +62,9 @@ def line_of(attack: str, column: str, row: dict) -> str:
     )
 
 
-def lines_of(title: str, table: dict) -> str:
+def lines_of(title: str, table: dict, after: str = "with reversal") -> str:
     lines = (line_of(a, c, row) for a, columns in table.items() for c, row in columns.items())
-    return HEADER.format(title) + "".join(lines)
+    return HEADER.format(title, after) + "".join(lines)
 
 
 def in_words(content: dict) -> str:
@@ -80,7 +79,7 @@ def in_words(content: dict) -> str:
     control = content["controls"]
     last = content["worst_case"]
     if last["p"] >= LEVEL:
-        what = "no significant difference: the reversal is not shown to help or to harm"
+        what = "no significant difference: against these attacks it is not shown to help or to harm"
     elif last["gain"] > 0:
         what = "significantly more: the reversal helps against these attacks"
     else:
@@ -96,11 +95,7 @@ def in_words(content: dict) -> str:
 
 
 def write(stem: Path, about: dict, plain: Table, controls: Table, adaptive: Table) -> None:
-    """stem.json and stem.md; prints the verdict.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """stem.json and stem.md; prints the verdict."""
     tables = {"transfer": plain, "controls": controls, "adaptive": adaptive}
     rows = {
         name: {a: {c: row_of(r) for c, r in columns.items()} for a, columns in table.items()}
@@ -108,10 +103,6 @@ def write(stem: Path, about: dict, plain: Table, controls: Table, adaptive: Tabl
     }
     content = {**about, **rows, "worst_case": row_of(worst(adaptive))}
     content["verdict"] = in_words(content)
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to {stem.parent}: {e.strerror}") from None
     write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=2) + "\n").encode())
     write_atomically(stem.with_suffix(".md"), markdown(content).encode())
     print(f"{content['verdict']}\nWritten: {os.path.relpath(stem)}.json, .md")
@@ -126,7 +117,7 @@ def markdown(content: dict) -> str:
     parts = [
         f"# What the reversal is worth: protocol {content['protocol']}",
         f"**{headline['defended']:.1f} % [{low:.1f}, {high:.1f}] of {headline['n']} images "
-        "withstand every attack below behind the reversal, "
+        "withstand every attack of the last table behind its reversal, "
         f"{headline['static']:.1f} % without it.**",
         f"`{content['command']}`, commit {content['commit']}, {content['device']}, torch "
         f"{content['torch']}, {content['date']}. Network {network['arch']} "
@@ -142,7 +133,7 @@ def markdown(content: dict) -> str:
         lines_of("attack", content["transfer"]),
         "## Controls",
         "On what PGD-CE made, unless it says clean. The true label is known to nobody: a ceiling.",
-        lines_of("instead of the reversal", content["controls"]),
+        lines_of("instead of the reversal", content["controls"], "with it"),
         "## Attacks that know of it",
         f"n = {size['n_adaptive']}, the first of those above; reversal: {short_steps} steps, "
         f"{short_views} views{shortened}, and transfer measured again on it. Aware: "
