@@ -7,8 +7,10 @@ drawn (`EpochBatches`), and each sample seeds the random numbers of its own augm
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from utils import UserError
 
 VALIDATION_BATCH = 100
-PATIENCE = 300  # seconds that the trainer may take to end its step and save
 
 Key = tuple[int, int]  # (epoch, index)
 WHOLE = slice(0, None, 1)
@@ -126,13 +127,18 @@ class Batches(DataLoader):
 
 
 def obey_the_trainer(worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach every process of a group; the trainer decides what to do.
-
-    A worker that nobody tells to end after SIGTERM ends by itself, so that none is left behind.
-    """
+    """Ctrl-C and SIGTERM may reach every process of a group; the trainer decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
+    if hasattr(signal, "sigwaitinfo"):  # tells who sent it
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # if a library unblocks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 DEAD_WORKER = "a process that loads images died ({}): use fewer of them, -j 1 or -j 0"

@@ -379,7 +379,7 @@ def interrupted(img):
     return torch.zeros(1)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs Linux")
 @pytest.mark.parametrize(("last_words", "seconds"), [("kill", 12), ("exit", 4)])
 def test_workers_end_with_their_trainer(root, last_words, seconds):
     """Killed, they notice within torch's 5 seconds; left at its end, they are told at once."""
