@@ -399,7 +399,7 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("spoilt", "message"), BROKEN, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("spoilt", "message"), BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_folder_is_one_line(our_run, tmp_path, capsys, spoilt, message):
     folder = tmp_path / "run"
     shutil.copytree(our_run, folder)
