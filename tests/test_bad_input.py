@@ -396,7 +396,7 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
     """In mid-run, just before one of the files is written; what was saved is whole."""
     owner, name = {
         "events": (logbook.Logbook, "step"),
-        "curves": (logbook.Logbook, "_curve"),
+        "curves": (logbook.Logbook, "point"),
         "metrics": (logbook, "write_atomically"),
         "checkpoint": (checkpoint, "write_atomically"),
     }[where]
