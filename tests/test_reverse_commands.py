@@ -139,7 +139,7 @@ def test_a_head_comes_back_as_it_was_trained_with_its_bank(root):
         assert torch.equal(value, content["state_dict"][name])
     train_set, _ = list_images("cifar10", root, "train").split(0, 64)
     clean = trained.model.features(train_set.x / 255).mean(0)  # the bank: views of these
-    assert torch.corrcoef(torch.stack([clean, bank.mean(0)]))[0, 1] > 0.4
+    assert torch.corrcoef(torch.stack([clean, bank.mean(0)]))[0, 1] > 0.2
 
 
 def test_evaluate_writes_its_tables_and_verdict(root, tmp_path, capsys):
