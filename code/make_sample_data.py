@@ -1,7 +1,7 @@
 """Draw a small data set in the MiniPlaces layout: ten kinds of scene, no download.
 
     python make_sample_data.py                       # ../data/sample, 60 + 20 images a category
-    python make_sample_data.py /tmp/scenes --train 200 --val 50 --seed 1
+    python make_sample_data.py ../data/scenes --train 200 --val 50 --seed 1
 
 A category is a layout, not a colour: every image draws its own palette and is then shifted to a
 mean colour of its own, so that a network has to look at shapes. The images follow from the seed.

@@ -123,11 +123,11 @@ def test_a_stale_file_is_made_anew(root, change):
 
 def test_two_runs_that_start_together_make_one_file(root):
     fork = multiprocessing.get_context("fork")
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    runs = [fork.Process(target=keep_and_tell, args=(root, theirs)) for _ in range(2)]
+    pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+    runs = [fork.Process(target=keep_and_tell, args=(root, theirs)) for _, theirs in pipes]
     for run in runs:
         run.start()
-    told = [ours.recv(), ours.recv()]
+    told = [ours.recv() for ours, _ in pipes]
     for run in runs:
         run.join()
     assert sorted(built for built, _ in told) == [False, True]
