@@ -168,7 +168,10 @@ def test_shares_are_parts_of_the_same_batches(sample_root):
 
 
 def test_a_killed_process_is_replaced_and_the_run_goes_on(sample_root, tmp_path):
-    """torchrun --max-restarts: both start again, at the last checkpoint of this very run."""
+    """torchrun --max-restarts: both start again, at the last checkpoint of this very run.
+
+    Gloo may refuse the first connection after a restart, which costs one more.
+    """
     launcher = tmp_path / "run.py"
     launcher.write_text(
         "import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))\n"
@@ -188,7 +191,7 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(sample_root, tmp_path)
     words = [str(launcher), str(CODE), str(sample_root), *TRAIN, "--epochs=3", "--gpu=-1", "-j=0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*torchrun, "--nproc_per_node=2", "--max-restarts=1", *words, "-p=100", "--save-every=2"],
+        [*torchrun, "--nproc_per_node=2", "--max-restarts=3", *words, "-p=100", "--save-every=2"],
         capture_output=True,
         text=True,
         timeout=200,
