@@ -193,13 +193,19 @@ def misfits(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     )
 
 
-def load_weights(model: nn.Module, content: dict, path: str | Path) -> None:
+def load_weights(
+    model: nn.Module, content: dict, path: str | Path, part: str = "state_dict"
+) -> None:
     """Put a checkpoint's weights into `model`, which stays untouched if they do not fit.
+
+    part: `state_dict`, or `trained` where that is the mean of the weights under training.
 
     Raises:
         UserError: keys or shapes differ, or a weight is not finite.
     """
-    state_dict = content["state_dict"]
+    state_dict = content[part]
+    if not _is_state_dict(state_dict):
+        raise UserError(f"{path}: its part '{part}' makes no sense")
     if wrong := misfits(model, state_dict):
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit the network: {'; '.join(wrong[:3])}{more}")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class Place:
             self.memory_format = torch.contiguous_format
             model.to(memory_format=self.memory_format)
         if self.amp:
-            model.forward = torch.autocast(self.device.type, self.amp)(model.forward)
+            forward = torch.autocast(self.device.type, self.amp)(type(model).forward)
+            model.forward = MethodType(forward, model)  # a copy of the model gets its own
             model.register_forward_hook(lambda module, inputs, logits: logits.float())
         if compiled:
             model.compile()

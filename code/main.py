@@ -24,6 +24,7 @@ import distributed
 import image_cache
 import logbook
 import networks
+import recipe
 import student_code
 from batches import worker_death
 from custom_dataloader import MiniPlacesLoader, count_classes
@@ -126,6 +127,7 @@ def run_on(device: torch.device, args: Namespace) -> int:
     if args.resume == "auto" or distributed.restarted() and not args.resume:
         args.resume = find_checkpoint(args)
     kind, model, content = make_network(args, num_classes)
+    recipe.follow(args, kind)
     model = place.network(model, args.compile)
     only_look = args.evaluate or args.attack
     transforms = {"val": student_code.get_val_transforms()}

@@ -1,0 +1,5 @@
+"""Tables."""
+
+
+def write_tables(rows: list[dict]) -> None:
+    pass
