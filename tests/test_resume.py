@@ -22,6 +22,7 @@ import logbook
 import main
 import networks
 import student_code
+from scene_net import SceneNet
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)
@@ -32,6 +33,7 @@ BUILDERS = {
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(2048, n)
     ),
     "vit": lambda n: student_code.SimpleViT(num_classes=n, embed_dim=32, depth=2, num_heads=2),
+    "scene_net": lambda n: SceneNet(n, width=8, depths=(1, 1, 1), drop_path=0.3),
 }
 SERVER = multiprocessing.get_context("forkserver")
 COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", "--save-every=1"]
@@ -40,6 +42,7 @@ VARIANTS = {
     "2 workers": ["-j=2", "--cache=device"],
     "adversarial": ["-j=1", "--at=free", "--best-by=robust", "--cache=ram"],
     "vit": ["-j=0", "--use-vit"],
+    "mean of weights": ["-j=0", "--use-scene-net", "--ema=0.5"],
 }
 
 
@@ -129,6 +132,7 @@ KILLS = {  # two steps an epoch, a save after each and one at its end, where the
     "2 workers": [("os", "replace", 6)],
     "adversarial": [("book", "epoch", 1)],
     "vit": [("book", "step", 3)],
+    "mean of weights": [("os", "fsync", 8), ("engine", "evaluate", 1)],
 }
 
 
