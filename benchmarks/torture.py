@@ -26,7 +26,7 @@ from pathlib import Path
 from results_file import ROOT, provenance, write_section
 from run_state import final_state
 
-COMMON = "--gpu=-1 -b=16 --epochs=3 --warmup=1 --lr=0.02 -p=2 --save-every=2".split()
+COMMON = ["--gpu=-1", "-b=16", "--epochs=3", "--warmup=1", "--lr=0.02", "-p=2", "--save-every=2"]
 VARIANTS = {
     "SimpleNet, no worker": ["-j=0"],
     "SimpleNet, 1 worker": ["-j=1"],
