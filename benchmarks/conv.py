@@ -16,7 +16,6 @@ import copy
 import ctypes
 import datetime
 import functools
-import json
 import platform
 import re
 import statistics
@@ -27,13 +26,14 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
+
+from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, write  # noqa: E402
 
 from student_code import CustomConv2d, SimpleNet  # noqa: E402
 
@@ -51,14 +51,12 @@ class UnfoldConv2d(nn.Conv2d):
 
 # name -> (the layer, memory format); each is compared with the first
 WAYS = {
-    "nn.Conv2d": (nn.Conv2d, torch.contiguous_format),
-    "nn.Conv2d, channels-last": (nn.Conv2d, torch.channels_last),
-    "unfold": (UnfoldConv2d, torch.contiguous_format),
-    "ours, NCHW": (CustomConv2d, torch.contiguous_format),
-    "ours, channels-last": (CustomConv2d, torch.channels_last),
+    TORCH: (nn.Conv2d, torch.contiguous_format),
+    TORCH_LAST: (nn.Conv2d, torch.channels_last),
+    UNFOLD: (UnfoldConv2d, torch.contiguous_format),
+    OURS_NCHW: (CustomConv2d, torch.contiguous_format),
+    OURS: (CustomConv2d, torch.channels_last),
 }
-TORCH, TORCH_LAST, OURS = "nn.Conv2d", "nn.Conv2d, channels-last", "ours, channels-last"
-COURSE = "the course's way"
 
 # (C_i, C_o, K, S, P, H): SimpleNet's layers on 128 x 128 images, then others at a smaller batch
 SIMPLENET = [(3, 64, 7, 2, 3, 128), (64, 64, 1, 1, 0, 32), (64, 64, 3, 1, 1, 32)]
@@ -67,10 +65,6 @@ SIMPLENET += [(128, 512, 1, 1, 0, 16)]
 SWEEP = [(3, 32, 3, 1, 1, 64), (16, 16, 3, 1, 1, 64), (64, 64, 3, 2, 1, 64), (64, 64, 5, 1, 2, 32)]
 SWEEP += [(64, 128, 1, 2, 0, 32), (256, 256, 3, 1, 1, 8), (512, 512, 3, 1, 1, 4)]
 SWEEP += [(3, 96, 11, 4, 2, 128), (3, 192, 16, 16, 0, 128), (32, 8, 3, 1, 1, 65)]
-
-# ---------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------
 
 
 class Meter:
@@ -275,11 +269,6 @@ def measure(device: torch.device, batch: int, args: argparse.Namespace) -> dict:
     return result
 
 
-# ---------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------
-
-
 def circumstances(device: torch.device) -> dict:
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -299,114 +288,6 @@ def processor() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def summary(result: dict) -> list[tuple[str, str, str]]:
-    """The goals of this convolution and what this run reached: (what, goal, reached)."""
-    rows = []
-    cuda = any("TF32" in title for title in result["training"])
-    for title, ways in result["training"].items():
-        ours, torchs, last = (ways[name] for name in (OURS, TORCH, TORCH_LAST))
-        goals = ("1.5", "1.5") if cuda else ("0.85", "1.15")
-        vs_last = round(ours["ms"] / last["ms"], 3)
-        rows.append((f"training step / {TORCH}; {title}", f"≤ {goals[0]}", f"{ours['ratio']:.2f}"))
-        rows.append((f"training step / {TORCH_LAST}; {title}", f"≤ {goals[1]}", f"{vs_last:.2f}"))
-        saved = ours["saved_bytes"] / torchs["saved_bytes"]
-        rows.append((f"bytes saved / {TORCH}; {title}", "≤ 1.00", f"{saved:.3f}"))
-        if ours["peak_bytes"]:
-            peak = ours["peak_bytes"] / torchs["peak_bytes"]
-            rows.append((f"peak memory / {TORCH}; {title}", "≤ 1.05", f"{peak:.2f}"))
-    for title, ways in result["attack"].items():
-        reached = ways[f"{OURS}, frozen"]["ratio"]
-        rows.append((f"PGD step / {COURSE}; {title}", "≤ 0.60", f"{reached:.2f}"))
-    worst = {n: max(layer["ways"][n]["error"] for layer in result["layers"]) for n in (OURS, TORCH)}
-    rows.append(
-        ("largest relative error, float32", f"≤ {worst[TORCH]:.1e} ({TORCH})", f"{worst[OURS]:.1e}")
-    )
-    return rows
-
-
-def markdown(result: dict) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    lines = [
-        "# Our convolution beside torch's",
-        "",
-        f"`{result['command'].strip()}`, commit {result['commit']}, {result['date']}, "
-        f"{result['device']}; {versions}. Medians of interleaved rounds.",
-        "",
-        "| | goal | reached |",
-        "|---|---:|---:|",
-        *(f"| {what} | {goal} | {reached} |" for what, goal, reached in summary(result)),
-        "",
-        "## A training step of SimpleNet",
-        "",
-        f"| | way | ms | / {TORCH} | MB saved | MB peak |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for title, ways in result["training"].items():
-        for name, row in ways.items():
-            peak = f"{row['peak_bytes'] / 1e6:.0f}" if row["peak_bytes"] else "–"
-            lines.append(
-                f"| {title} | {name} | {row['ms']:.1f} | {row['ratio']:.2f} | "
-                f"{row['saved_bytes'] / 1e6:.0f} | {peak} |"
-            )
-    lines += [
-        "",
-        "## A step of PGD on SimpleNet",
-        "",
-        "| | way | ms | ratio |",
-        "|---|---|---:|---:|",
-    ]
-    lines += [
-        f"| {title} | {name} | {row['ms']:.1f} | {row['ratio']:.2f} |"
-        for title, ways in result["attack"].items()
-        for name, row in ways.items()
-    ]
-    lines += [
-        "",
-        "## Forward and backward of single layers",
-        "",
-        f"Milliseconds of {TORCH}, the time of the others relative to it; bytes saved and largest "
-        "relative error (outputs and gradients against float64), ours and then torch's. The first "
-        "layer computes no gradient of its input, as in training.",
-        "",
-        "| N | C_i → C_o, K / S, H | ms | " + " | ".join(list(WAYS)[1:]) + " | MB saved | error |",
-        "|---:|---|" + "---:|" * (len(WAYS) + 2),
-    ]
-    for layer in result["layers"]:
-        shape, ways = layer["shape"], layer["ways"]
-        ours, torchs = ways[OURS], ways[TORCH]
-        lines.append(
-            f"| {layer['N']} | {shape['C_i']} → {shape['C_o']}, {shape['K']} / {shape['S']}, "
-            f"{shape['H']} | {torchs['ms']:.2f} | "
-            + " | ".join(f"{row['ratio']:.2f}" for row in list(ways.values())[1:])
-            + f" | {ours['saved_bytes'] / 1e6:.1f}, {torchs['saved_bytes'] / 1e6:.1f} | "
-            f"{ours['error']:.1e}, {torchs['error']:.1e} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(result: dict, path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    groups = dict(result["training"])
-    for layer in result["layers"]:
-        s = layer["shape"]
-        groups[f"{s['C_i']}→{s['C_o']}, {s['K']}/{s['S']}, {s['H']}"] = layer["ways"]
-    figure, axis = plt.subplots(figsize=(10, 0.42 * len(groups) + 1), layout="constrained")
-    colors = {TORCH_LAST: "#bbbbbb", "unfold": "#cc6677", "ours, NCHW": "#88ccee", OURS: "#4477aa"}
-    for i, (name, color) in enumerate(colors.items()):
-        at = [row + 0.2 * (i - 1.5) for row in range(len(groups))]
-        ratios = [ways[name]["ratio"] for ways in groups.values()]
-        axis.barh(at, ratios, height=0.2, color=color, label=name)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 5))
-    axis.set(xlabel=f"time / {TORCH} (NCHW)")
-    axis.invert_yaxis()
-    axis.legend(loc="lower right")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure our convolution beside torch's.")
     parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 = CPU")
@@ -421,11 +302,7 @@ def main() -> None:
     batch = args.batch or (64 if device.type == "cpu" else 256)
     result = circumstances(device) | measure(device, batch, args)
     name = "conv_benchmark" if device.type == "cpu" else "conv_benchmark_cuda"
-    target = ROOT / "results" / name
-    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    target.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
-    plot(result, target.with_suffix(".png"))
-    print(markdown(result))
+    write(result, ROOT / "results" / name)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from torch import nn
 sys.path.insert(0, str(ROOT / "code"))
 
 import checkpoint  # noqa: E402
+from adversarial_training import Watchdog  # noqa: E402
 from custom_dataloader import read_label_file  # noqa: E402
 from custom_transforms import CenterCrop, Compose, Scale  # noqa: E402
 from engine import Tally  # noqa: E402
@@ -96,12 +97,14 @@ class Training:
         self.optimizer = kind(self.model.parameters(), lr=0.1)
         if kind is torch.optim.SGD:
             self.optimizer.param_groups[0]["momentum"] = 0.9
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
         self.step()
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        self.model(torch.randn(6, 4)).square().sum().backward()
-        self.optimizer.step()
+        self.scaler.scale(self.model(torch.randn(6, 4)).square().sum()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def content(self) -> dict:
         return {
@@ -114,6 +117,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": 7},
             "progress": {"position": 2, "tally": [1.0, 2.0, 3.0, 32.0, 2.0], "order": {"-b": 16}},
+            "scaler": self.scaler.state_dict(),
+            "watchdog": Watchdog(10.0, 40.0, 2, self.model.state_dict()).state(),
         }
 
 
@@ -140,6 +145,8 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
     checkpoint.load_optimizer(training.optimizer, content)
     progress, _ = checkpoint.progress_of(content, {"-b": 16})
     checkpoint.left_out(content)
+    checkpoint.load_scaler(training.scaler, content)
+    checkpoint.load_watchdog(Watchdog(10.0), training.model, content)
     if progress.tally:
         Tally(torch.device("cpu")).restore(progress.tally)
     training.step()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from side_by_side import Ways, cpu_seconds, summary, write  # noqa: E402
+from side_by_side import Ways, measure, options, write  # noqa: E402
 from train_step import NETWORKS, as_in_the_course  # noqa: E402
 
 from attacks import PGD  # noqa: E402
@@ -65,16 +65,11 @@ def ways(name: str, args: argparse.Namespace) -> Ways:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure attack steps on one core.")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser = options("Measure attack steps on one core.", batch_size=16)
     parser.add_argument("--attack-steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for name in NETWORKS:
-        seconds = cpu_seconds(ways(name, args), args.rounds)
-        rows += summary(name, seconds, args.batch_size * args.attack_steps)
+    images = args.batch_size * args.attack_steps
+    rows = measure(NETWORKS, lambda name: ways(name, args), args.rounds, images)
     note = "Per image and attack step. Medians of interleaved rounds, one thread."
     write("pgd_benchmark", "PGD: the course's way beside ours", note, rows)
 

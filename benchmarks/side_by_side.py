@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from results_file import ROOT, provenance
 
 Ways = dict[str, Callable[[], None]]
+
+
+def options(description: str, batch_size: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser
+
+
+def measure(subjects: Iterable[str], ways: Callable[[str], Ways], rounds: int, images: int) -> list:
+    """The rows of all subjects, on one thread; `images` is how many each way handles."""
+    torch.set_num_threads(1)
+    return [
+        row
+        for subject in subjects
+        for row in summary(subject, cpu_seconds(ways(subject), rounds), images)
+    ]
 
 
 def cpu_seconds(ways: Ways, rounds: int) -> dict[str, list[float]]:

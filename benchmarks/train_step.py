@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 from input import COURSE, OURS, CourseImages, StepByStep  # noqa: E402
-from side_by_side import Ways, cpu_seconds, summary, write  # noqa: E402
+from side_by_side import Ways, measure, options, write  # noqa: E402
 
 import engine  # noqa: E402
 from batches import training_batches  # noqa: E402
@@ -123,17 +123,12 @@ def share_of_waiting(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure training steps on one core.")
+    parser = options("Measure training steps on one core.", batch_size=32)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2, help="steps a turn")
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = []
-    for name in NETWORKS:
-        seconds = cpu_seconds(ways(name, args), args.rounds)
-        rows += summary(name, seconds, args.steps * args.batch_size)
+    images = args.steps * args.batch_size
+    rows = measure(NETWORKS, lambda name: ways(name, args), args.rounds, images)
     note = "Medians of interleaved rounds, one thread; the ratio is taken within each round."
     waiting = share_of_waiting(args)
     note += f" Our loop with one worker waited for data {waiting:.1%} of its wall-clock time."

@@ -62,6 +62,17 @@ def default_workers() -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Train, evaluate or attack a scene classifier.")
+    add_running(parser)
+    add_network(parser)
+    add_training(parser)
+    add_adversarial_training(parser)
+    add_looking(parser)
+    add_attack(parser)
+    add_data(parser)
+    return parser
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data_folder", help="holds images/, train.txt and val.txt")
     add(
@@ -79,12 +90,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile: minutes to start, faster steps")
     add("--deterministic", action="store_true", help="the same bits each time, on a GPU, too")
 
+
+def add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("network (default: SimpleNet)").add_argument
     add("--use-custom-conv", action="store_true", help="SimpleNet on our own convolution")
     add("--use-vit", action="store_true", help="SimpleViT")
     add("--use-resnet18", action="store_true", help="ResNet-18 with ImageNet weights")
     add("--use-scene-net", action="store_true", help="SceneNet, our own, with its own recipe")
 
+
+def add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(int, 1), default=90)
     add("--start-epoch", type=at_least(int, 0), default=0, help="epochs taken as done already")
@@ -113,6 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weights", default="", metavar="FILE", help="begin a new run with its weights")
     add("--save-every", type=interval, default="10m", help="10m, 30s, or 200 (steps)")
 
+
+def add_adversarial_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adversarial training").add_argument
     add("--pgd", type=boolean, nargs="?", const=True, default=False, metavar="True|False")
     add("--at", choices=STEPS, help="a mode; --pgd means --at=pgd")
@@ -124,11 +141,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--best-by", choices=("clean", "robust"), default="clean", help="what model_best is best in"
     )
 
+
+def add_looking(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("instead of training, with --resume").add_argument
     add("-e", "--evaluate", action="store_true", help="accuracy with mirror averaging")
     add("-a", "--attack", action="store_true", help="accuracy under the default attack")
     add("-v", "--vis", action="store_true", help="pictures to TensorBoard, with -e or -a")
 
+
+def add_attack(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "-a with another attack: PGD, by default untargeted",
         "Radius and step count in pixels of 0 to 255: --attack-eps=4 is 4/255 (l2, l1: the norm).",
@@ -141,6 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--attack-restarts", type=at_least(int, 1), help="the worst for each image; default 1")
     add("--sweep", action="store_true", help="accuracy over eps x steps, to TensorBoard as well")
 
+
+def add_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add(
         "--cache",
@@ -150,7 +173,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--check-data", action="store_true", help="read every file, tell what is wrong, end")
     add("--skip-bad-images", action="store_true", help="do without those that cannot be read")
-    return parser
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

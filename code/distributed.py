@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -26,10 +28,6 @@ def launch() -> str | None:
     if not dist.is_torchelastic_launched():
         return None
     return f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.getppid()}"
-
-
-def restarted() -> bool:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def local_rank() -> int:
@@ -49,7 +47,7 @@ def together(device: torch.device) -> Iterator[None]:
         return
     try:
         # what the processes agree on stays on the CPU, so that no GPU has to wait for it
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         with (
             open(os.devnull, "w") as nowhere,
             contextlib.redirect_stdout(sys.stdout if leads() else nowhere),
@@ -60,6 +58,33 @@ def together(device: torch.device) -> Iterator[None]:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e).lower():
             raise
         raise UserError("another process of this run ended before its time") from None
+
+
+def meet(backend: str) -> None:
+    """Let each process know of all others.
+
+    torchrun keeps its store over restarts, with the addresses of processes that are dead by then.
+    So each attempt writes under a name of its own.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(name_attempt(store, rank, world_size), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that rank 0 makes up; the others take it once rank 0 has answered them under it."""
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", me)
+        for other in range(1, world_size):
+            store.set(f"{me}/{store.get(f'{me}/{other}').decode()}", "welcome")
+        return me
+    while True:
+        name = store.get("attempt").decode()
+        store.set(f"{name}/{rank}", me)
+        if store.check([f"{name}/{me}"]):
+            return name
+        time.sleep(0.05)  # rank 0 is about to answer, or to begin and make up a newer name
 
 
 def leads() -> bool:
@@ -105,3 +130,16 @@ def most(number: int) -> int:
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started any of the processes again."""
+    return most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
+
+
+def leaders(value: Callable[[], str]) -> str:
+    """What rank 0 finds, for all processes."""
+    found = [value() if leads() else ""]
+    if size() > 1:
+        dist.broadcast_object_list(found)
+    return found[0]

@@ -125,7 +125,7 @@ def run_on(device: torch.device, args: Namespace) -> int:
     num_classes = count_classes(args.data_folder)
     torch.manual_seed(args.seed)
     if args.resume == "auto" or distributed.restarted() and not args.resume:
-        args.resume = find_checkpoint(args)
+        args.resume = distributed.leaders(lambda: find_checkpoint(args))
     kind, model, content = make_network(args, num_classes)
     recipe.follow(args, kind)
     model = place.network(model, args.compile)

@@ -10,6 +10,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_network import make_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -37,18 +38,6 @@ CPU = Place(torch.device("cpu"))
 MEAN, STD = (0.5, 0.4, 0.6), (0.25, 0.2, 0.3)
 PIXELS = Pixels("255", MEAN, STD)
 RATE = 0.05
-
-
-def make_network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 7),
-    )
 
 
 def make_batches(n: int = 3, size: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:

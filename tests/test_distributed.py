@@ -7,7 +7,6 @@ main.py imported.
 import json
 import multiprocessing
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -168,52 +167,52 @@ def test_shares_are_parts_of_the_same_batches(sample_root):
             assert sorted(seen) == list(range(max(n, 3)))
 
 
-def test_a_killed_process_is_replaced_and_the_run_goes_on(sample_root, tmp_path):
-    """torchrun --max-restarts: both start again, at the last checkpoint of this very run.
+MAIN_WITH_A_DEATH = """
+import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))
+from pathlib import Path
+import distributed, logbook, main
+logbook.LOGS = Path(__file__).parent / 'logs'
+mark, count, align = Path(__file__).with_name('killed'), iter(range(9)), distributed.align
+def die_in_epoch_2(model):
+    if os.environ['RANK'] == sys.argv[0][-4] and not mark.exists() and next(count) == 1:
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    align(model)
+distributed.align = die_in_epoch_2
+sys.exit(main.main(sys.argv[1:]))
+"""
 
-    Gloo may refuse the first connection after a restart, which costs one more.
-    """
-    launcher = tmp_path / "run.py"
-    launcher.write_text(
-        "import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))\n"
-        "from pathlib import Path\nimport logbook, main\n"
-        "logbook.LOGS = Path(__file__).parent / 'logs'\n"
-        "first, count = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0', iter(range(9))\n"
-        "original = logbook.Logbook.epoch\n"
-        "def epoch(*words, **more):\n"
-        "    original(*words, **more)\n"
-        "    if first and next(count) == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "logbook.Logbook.epoch = epoch\n"
-        "sys.exit(main.main(sys.argv[1:]))\n"
-    )
+
+@pytest.mark.parametrize(
+    ("killed", "where"),
+    [(1, ["--standalone", "--nproc_per_node=2"]), (0, ["--nnodes=2", "--rdzv-backend=c10d"])],
+    ids=["one machine", "two nodes"],
+)
+def test_a_killed_process_is_replaced_and_the_run_goes_on(killed, where, sample_root, tmp_path):
+    """torchrun --max-restarts: both start again, at the last checkpoint of this very run."""
+    script = tmp_path / f"kill_{killed}.py"
+    script.write_text(MAIN_WITH_A_DEATH)
     older = tmp_path / "logs" / "vit_exp_2099-01-01_00-00-00"
     (older / "models").mkdir(parents=True)
-    words = [str(launcher), str(CODE), str(sample_root), *TRAIN, "--epochs=3", "--gpu=-1", "-j=0"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for _ in range(3):  # as often as gloo's own connections are refused after the restart
-        done = subprocess.run(
-            [
-                *torchrun,
-                "--nproc_per_node=2",
-                "--max-restarts=3",
-                *words,
-                "-p=100",
-                "--save-every=2",
-            ],
-            capture_output=True,
+    if two_nodes := "--nnodes=2" in where:
+        where = [*where, f"--rdzv-endpoint=localhost:{free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--max-restarts=1"]
+    words = [str(CODE), str(sample_root), *TRAIN, "--epochs=3", "--gpu=-1", "-j=0", "-p=100"]
+    nodes = [
+        subprocess.Popen(
+            [*torchrun, str(script), *words, "--save-every=2"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=200,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
         )
-        if done.returncode == 0 or "Connection refused" not in done.stderr:
-            break
-        for failed in (tmp_path / "logs").glob("torch_conv_exp_*"):
-            shutil.rmtree(failed)
-    assert done.returncode == 0, done.stdout + done.stderr
+        for _ in range(1 + two_nodes)
+    ]
+    said = "".join(node.communicate(timeout=200)[0] for node in nodes)
+    assert [node.returncode for node in nodes] == [0] * len(nodes), said
+    assert (tmp_path / "killed").exists()
     [folder] = (tmp_path / "logs").glob("torch_conv_exp_*")
-    assert "torch_conv, epochs done: 1" in done.stdout
+    assert said.count("torch_conv, epochs done: 1") == 1
     assert [row["epoch"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3]
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from small_network import make_network
 from torch import nn
 
 import engine
@@ -15,19 +16,6 @@ from utils import LinearWarmupCosineAnnealingLR
 
 CPU = Place(torch.device("cpu"))
 PIXELS = Pixels("normalised", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-def make_network(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(32, 7),
-    )
 
 
 def make_batches(n=4, size=6):
@@ -104,7 +92,7 @@ def test_fewer_than_five_classes_have_a_top_5_of_100():
 
 
 def test_training_equals_the_loop_written_out():
-    ours, theirs = make_network(), make_network()
+    ours, theirs = make_network(dropout=0.2), make_network(dropout=0.2)
     optimizer, scheduler = make_training(ours, warmup=3)
     rates, tally = train(ours, make_batches(), optimizer, scheduler, clip_grad=0.5)
 
@@ -133,8 +121,8 @@ def test_training_equals_the_loop_written_out():
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_numbers_of_16_bits_train_weights_of_32(amp):
     """Small gradients, too: scaled in float16, where they would all be zero."""
-    place, plain = Place(CPU.device, amp), make_network()
-    halved = place.network(make_network())
+    place, plain = Place(CPU.device, amp), make_network(dropout=0.2)
+    halved = place.network(make_network(dropout=0.2))
     small = nn.CrossEntropyLoss(weight=torch.full((7,), 1e-6), reduction="sum")
     for model, where in ((plain, CPU), (halved, place)):
         optimizer = torch.optim.SGD(model.parameters(), 1e5)
@@ -144,7 +132,7 @@ def test_numbers_of_16_bits_train_weights_of_32(amp):
             model, make_batches(1), small, optimizer, schedule, where, tally, Clock(), seed=5
         )
     assert halved(make_batches(1)[0][0]).dtype == torch.float32
-    start = make_network().state_dict()
+    start = make_network(dropout=0.2).state_dict()
     for name, p in plain.named_parameters():
         moved, moved16 = p - start[name], halved.get_parameter(name) - start[name]
         assert halved.get_parameter(name).dtype == torch.float32
@@ -154,7 +142,7 @@ def test_numbers_of_16_bits_train_weights_of_32(amp):
 
 
 def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
-    whole, halves = make_network(), make_network()
+    whole, halves = make_network(dropout=0.2), make_network(dropout=0.2)
     train(whole, make_batches(), *make_training(whole))
     training = make_training(halves)
     train(halves, make_batches()[:2], *training)
@@ -164,7 +152,7 @@ def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
 
 
 def test_mirrored_accuracy_is_of_the_averaged_logits():
-    model, batches = make_network(3), make_batches(3)
+    model, batches = make_network(3, dropout=0.2), make_batches(3)
     plain, mirrored = Tally(CPU.device), Tally(CPU.device)
     seen = list(engine.evaluate(model, batches, CPU, plain, Clock(), mirrored))
     model.eval()
@@ -181,7 +169,7 @@ def test_mirrored_accuracy_is_of_the_averaged_logits():
 
 @pytest.mark.parametrize("job", ["evaluate", "attack"])
 def test_looking_changes_nothing(job):
-    model, batches = make_network(3), make_batches(2)
+    model, batches = make_network(3, dropout=0.2), make_batches(2)
     before = copy.deepcopy(model)
     if job == "evaluate":
         passes = engine.evaluate(model, batches, CPU, Tally(CPU.device), Clock())
@@ -195,7 +183,7 @@ def test_looking_changes_nothing(job):
 
 
 def test_attack_counts_the_same_images_before_and_after():
-    model, batches = make_network(3), make_batches(3)
+    model, batches = make_network(3, dropout=0.2), make_batches(3)
 
     def to_black(model, x, y):
         return x.fill_(-2.0)  # also spoils its input, as a student's attack may

@@ -7,13 +7,6 @@ import torch
 from answers import FOLDED, GRAD_WEIGHT, OURS, OVERWRITTEN, PROJECTED, STUDENTS, grade, module
 
 from checks import attack, attention, conv
-from checks.grading import Result
-
-
-def caught(result: Result, hint: str) -> None:
-    assert result.score == 0 and result.problem
-    assert hint in f"{result.problem} {result.hint}"
-
 
 # ---- Wrong answers: (the check that catches it, the line, what becomes of it, the hint) ---------
 
@@ -172,7 +165,8 @@ ATTACK = [
 def test_a_wrong_answer_is_caught_with_the_right_hint(name, old, new, hint):
     code = module(STUDENTS, (old, new))
     code.STD = attack.STD
-    caught(grade(code, name), hint)
+    result = grade(code, name)
+    assert result.score == 0 and hint in f"{result.problem} {result.hint}"
 
 
 OUR_WRONG = [
@@ -193,7 +187,8 @@ OUR_WRONG = [
 
 @pytest.mark.parametrize(("name", "old", "new", "hint"), OUR_WRONG)
 def test_the_same_mistakes_in_our_answer(name, old, new, hint):
-    caught(grade(module(OURS, (old, new)), name), hint)
+    result = grade(module(OURS, (old, new)), name)
+    assert result.score == 0 and hint in f"{result.problem} {result.hint}"
 
 
 def test_a_wrong_number_comes_with_its_place_and_the_right_one():

@@ -1,0 +1,140 @@
+"""What benchmarks/conv.py has measured, as a table, a plot and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+TORCH, TORCH_LAST, UNFOLD = "nn.Conv2d", "nn.Conv2d, channels-last", "unfold"
+OURS_NCHW, OURS = "ours, NCHW", "ours, channels-last"
+COURSE = "the course's way"
+
+
+def write(result: dict, target: Path) -> None:
+    """`target`.json, .md and .png; prints the table."""
+    target.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    target.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
+    plot(result, target.with_suffix(".png"))
+    print(markdown(result))
+
+
+def summary(result: dict) -> list[tuple[str, str, str]]:
+    """The goals of this convolution and what this run reached: (what, goal, reached)."""
+    rows = []
+    cuda = any("TF32" in title for title in result["training"])
+    goal, goal_last = ("1.5", "1.5") if cuda else ("0.85", "1.15")
+    for title, ways in result["training"].items():
+        ours, torchs = ways[OURS], ways[TORCH]
+        vs_last = ours["ms"] / ways[TORCH_LAST]["ms"]
+        saved = ours["saved_bytes"] / torchs["saved_bytes"]
+        rows += [
+            (f"training step / {TORCH}; {title}", f"≤ {goal}", f"{ours['ratio']:.2f}"),
+            (f"training step / {TORCH_LAST}; {title}", f"≤ {goal_last}", f"{vs_last:.2f}"),
+            (f"bytes saved / {TORCH}; {title}", "≤ 1.00", f"{saved:.3f}"),
+        ]
+        if ours["peak_bytes"]:
+            peak = ours["peak_bytes"] / torchs["peak_bytes"]
+            rows.append((f"peak memory / {TORCH}; {title}", "≤ 1.05", f"{peak:.2f}"))
+    for title, ways in result["attack"].items():
+        reached = ways[f"{OURS}, frozen"]["ratio"]
+        rows.append((f"PGD step / {COURSE}; {title}", "≤ 0.60", f"{reached:.2f}"))
+    worst = {n: max(layer["ways"][n]["error"] for layer in result["layers"]) for n in (OURS, TORCH)}
+    rows.append(
+        ("largest relative error, float32", f"≤ {worst[TORCH]:.1e} ({TORCH})", f"{worst[OURS]:.1e}")
+    )
+    return rows
+
+
+def markdown(result: dict) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    lines = [
+        "# Our convolution beside torch's",
+        "",
+        f"`{result['command'].strip()}`, commit {result['commit']}, {result['date']}, "
+        f"{result['device']}; {versions}. Medians of interleaved rounds.",
+        "",
+        "| | goal | reached |",
+        "|---|---:|---:|",
+        *(f"| {what} | {goal} | {reached} |" for what, goal, reached in summary(result)),
+        "",
+        "## A training step of SimpleNet",
+        "",
+        f"| | way | ms | / {TORCH} | MB saved | MB peak |",
+        "|---|---|---:|---:|---:|---:|",
+        *training_rows(result["training"]),
+        "",
+        "## A step of PGD on SimpleNet",
+        "",
+        "| | way | ms | ratio |",
+        "|---|---|---:|---:|",
+        *(
+            f"| {title} | {name} | {row['ms']:.1f} | {row['ratio']:.2f} |"
+            for title, ways in result["attack"].items()
+            for name, row in ways.items()
+        ),
+        "",
+        "## Forward and backward of single layers",
+        "",
+        f"Milliseconds of {TORCH}, the time of the others relative to it; bytes saved and largest "
+        "relative error (outputs and gradients against float64), ours and then torch's. The first "
+        "layer computes no gradient of its input, as in training.",
+        "",
+        *layer_rows(result["layers"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def training_rows(training: dict[str, dict]) -> list[str]:
+    return [
+        f"| {title} | {name} | {row['ms']:.1f} | {row['ratio']:.2f} | "
+        f"{row['saved_bytes'] / 1e6:.0f} | "
+        + (f"{row['peak_bytes'] / 1e6:.0f} |" if row["peak_bytes"] else "– |")
+        for title, ways in training.items()
+        for name, row in ways.items()
+    ]
+
+
+def layer_rows(layers: list[dict]) -> list[str]:
+    others = [name for name in layers[0]["ways"] if name != TORCH]
+    rows = [
+        "| N | C_i → C_o, K / S, H | ms | " + " | ".join(others) + " | MB saved | error |",
+        "|---:|---|" + "---:|" * (len(others) + 3),
+    ]
+    for layer in layers:
+        ways = layer["ways"]
+        ours, torchs = ways[OURS], ways[TORCH]
+        rows.append(
+            f"| {layer['N']} | {shape_name(layer['shape'], ' → ', ' / ')} | {torchs['ms']:.2f} | "
+            + " | ".join(f"{ways[name]['ratio']:.2f}" for name in others)
+            + f" | {ours['saved_bytes'] / 1e6:.1f}, {torchs['saved_bytes'] / 1e6:.1f} | "
+            f"{ours['error']:.1e}, {torchs['error']:.1e} |"
+        )
+    return rows
+
+
+def shape_name(shape: dict[str, int], to: str = "→", over: str = "/") -> str:
+    return f"{shape['C_i']}{to}{shape['C_o']}, {shape['K']}{over}{shape['S']}, {shape['H']}"
+
+
+def plot(result: dict, path: Path) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups = dict(result["training"])
+    for layer in result["layers"]:
+        groups[shape_name(layer["shape"])] = layer["ways"]
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(groups) + 1), layout="constrained")
+    colors = {TORCH_LAST: "#bbbbbb", UNFOLD: "#cc6677", OURS_NCHW: "#88ccee", OURS: "#4477aa"}
+    for i, (name, color) in enumerate(colors.items()):
+        at = [row + 0.2 * (i - 1.5) for row in range(len(groups))]
+        ratios = [ways[name]["ratio"] for ways in groups.values()]
+        axis.barh(at, ratios, height=0.2, color=color, label=name)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 5))
+    axis.set(xlabel=f"time / {TORCH} (NCHW)")
+    axis.invert_yaxis()
+    axis.legend(loc="lower right")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
