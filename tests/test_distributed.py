@@ -24,6 +24,7 @@ import main
 import networks
 from batches import EpochBatches, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader
+from scene_net import SceneNet
 from utils import UserError
 
 if not hasattr(os, "fork"):
@@ -34,7 +35,8 @@ SERVER = multiprocessing.get_context("forkserver")
 BUILDERS = {
     "torch_conv": lambda n: nn.Sequential(
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, n)
-    )
+    ),
+    "scene_net": lambda n: SceneNet(n, width=8, depths=(1, 1, 1)),
 }
 TRAIN = ["--epochs=2", "-b=16", "--lr=0.02", "--warmup=1", "-p=1"]
 
@@ -125,6 +127,25 @@ def test_two_processes_train_like_one(sample_root, tmp_path, one):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         for name in ("train_top1_accuracy", "val_top1_accuracy", "val_top5_accuracy"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
+def test_two_processes_validate_the_mean_that_they_save(sample_root, tmp_path):
+    """Of statistics, too, which follow the images that each has seen."""
+    run(tmp_path, str(sample_root), *TRAIN, "--use-scene-net", "--ema=0.5")
+    folder = run_folder(tmp_path)
+    alone = run(
+        tmp_path,
+        str(sample_root),
+        f"--resume={folder / 'models' / checkpoint.LAST}",
+        "-e",
+        processes=1,
+    )
+    last = rows(folder / "metrics.jsonl")[-1]
+    plain = alone.split("Each image by itself:\n")[1].splitlines()[0]
+    assert (
+        plain
+        == f"******Acc@1 {last['val_top1_accuracy']:.3f} Acc@5 {last['val_top5_accuracy']:.3f}"
+    )
 
 
 @pytest.mark.parametrize("look", ["-e", "-a"])
