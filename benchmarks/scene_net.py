@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -120,6 +119,9 @@ COMPARED = {
     "SceneNet": Variant(SceneNet),
 }
 ABLATIONS = {  # what HALF is to do without
+    "all three against overfitting": Variant(
+        without(no_drop_path), ("--label-smoothing=0", "--cutmix=0")
+    ),
     "squeeze-and-excitation": Variant(without(no_excitation)),
     "stochastic depth": Variant(without(no_drop_path)),
     "branches that start at zero": Variant(without(no_zero_start)),
@@ -145,25 +147,22 @@ class Run:
 def planned(args: argparse.Namespace, rows: list[dict]) -> Iterator[Run]:
     """All runs, the most telling first; `equal time` follows from what the first ones took."""
 
-    def runs(part: str, name: str, epochs: int = args.epochs) -> Iterator[Run]:
-        for seed in seeds:
-            yield Run(part, name, args.data.name, args.images, epochs, seed)
+    for seed in range(args.seeds):
 
-    for first in range(0, args.seeds, 2):
-        seeds = range(first, min(first + 2, args.seeds))
-        for name in COMPARED:
-            yield from runs("equal epochs", name)
+        def run(part: str, name: str, epochs: int = args.epochs, seed: int = seed) -> Run:
+            return Run(part, name, args.data.name, args.images, epochs, seed)
+
+        yield from (run("equal epochs", name) for name in COMPARED)
+        yield from (run("ablation", name) for name in ABLATIONS)
         for name in OTHERS:
             ratio = seconds_an_epoch(rows, HALF) / seconds_an_epoch(rows, name)
-            yield from runs("equal time", name, max(1, round(args.epochs * ratio)))
-        for name in ABLATIONS:
-            yield from runs("ablation", name)
+            yield run("equal time", name, max(1, round(args.epochs * ratio)))
 
 
 def seconds_an_epoch(rows: list[dict], name: str) -> float:
-    """Median CPU time of the first two seeds' runs at equal epochs."""
-    chosen = [r for r in rows if (r["part"], r["name"]) == ("equal epochs", name) and r["seed"] < 2]
-    return statistics.median(row["cpu_seconds"] / row["epochs"] for row in chosen)
+    """CPU time of its first run at equal epochs."""
+    row = next(r for r in rows if (r["part"], r["name"]) == ("equal epochs", name))
+    return row["cpu_seconds"] / row["epochs"]
 
 
 def prepare(data: Path, images: int) -> tuple[Path, Path]:

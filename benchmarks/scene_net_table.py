@@ -2,8 +2,8 @@
 
 All runs of a data set are judged on the same images, and runs of one seed see the same batches, so
 that differences are taken image by image and seed by seed. The variance of a mean over S seeds and
-n images is that between seeds / S (pooled over all that is compared, as each has few), and that
-between images / n.
+n images is that between seeds / S, and that between images / n. The former is pooled over all
+networks, as each has few seeds, and counts twice for a difference.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Results:
         self.rows: dict[Key, dict[int, dict]] = {}
         for row in rows:
             self.rows.setdefault((row["part"], row["name"]), {})[row["seed"]] = row
+        self.seed_variance = pooled([self.hits(key, "plain") for key in self.rows])
 
     def of(self, part: str) -> list[Key]:
         return [key for key in self.rows if key[0] == part]
@@ -74,7 +75,7 @@ class Results:
         return np.stack([np.unpackbits(b)[: found[0]["judged"]] for b in bits]).astype(float)
 
     def accuracy(self, key: Key, how: str = "plain") -> Estimate:
-        return Estimate(self.hits(key, how), pooled([self.hits(k, how) for k in self.rows]))
+        return Estimate(self.hits(key, how), self.seed_variance)
 
     def gains(self, reference: Key, others: list[Key]) -> dict[Key, Estimate]:
         """Points by which `reference` is ahead of each of the others."""
@@ -85,8 +86,7 @@ class Results:
                 differences[key] = self.hits(reference, "plain", seeds) - self.hits(
                     key, "plain", seeds
                 )
-        variance = pooled(list(differences.values()))
-        return {key: Estimate(d, variance) for key, d in differences.items()}
+        return {key: Estimate(d, 2 * self.seed_variance) for key, d in differences.items()}
 
     def within(self, key: Key, better: str, worse: str) -> Estimate:
         """Points between two ways of asking the same runs."""
