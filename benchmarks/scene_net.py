@@ -39,7 +39,7 @@ import recipe  # noqa: E402
 from batches import validation_batches  # noqa: E402
 from custom_blocks import DropPath  # noqa: E402
 from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
-from scene_net import Block, SceneNet  # noqa: E402
+from scene_net import Block, SceneNet, convolution  # noqa: E402
 from student_code import SimpleNet, get_val_transforms  # noqa: E402
 
 RECORD = ROOT / "results" / "scene_net.json"
@@ -81,7 +81,7 @@ def resnet18(classes: int) -> nn.Module:
 
 
 def half(classes: int) -> SceneNet:
-    return SceneNet(classes, width=24)
+    return SceneNet(classes, width=32)
 
 
 def without(change: Callable[[nn.Module], None]) -> Callable[[int], SceneNet]:
@@ -111,6 +111,18 @@ def no_zero_start(module: nn.Module) -> None:
         nn.init.ones_(module.branch[-1].weight)
 
 
+def strided(classes: int) -> SceneNet:
+    """Each pooling left out, and a step of 2 in the convolutions behind it."""
+    net = half(classes)
+    for i, layer in enumerate(net.features):
+        if isinstance(layer, nn.MaxPool2d):
+            block, net.features[i] = net.features[i + 1], nn.Identity()
+            if isinstance(block.shortcut, nn.Identity):  # the first stage's
+                block.shortcut = nn.Sequential(*convolution(32, 32, kernel=1))
+            block.branch[0].stride = block.shortcut[0].stride = (2, 2)
+    return net
+
+
 COMPARED = {
     "SimpleNet": Variant(lambda n: SimpleNet(num_classes=n), kind="torch_conv"),
     "SimpleNet with BatchNorm": Variant(with_batch_norm, kind="torch_conv"),
@@ -119,7 +131,8 @@ COMPARED = {
     "SceneNet": Variant(SceneNet),
 }
 ABLATIONS = {  # what HALF is to do without
-    "all three against overfitting": Variant(
+    "max pooling": Variant(strided),
+    "stochastic depth, label smoothing, CutMix": Variant(
         without(no_drop_path), ("--label-smoothing=0", "--cutmix=0")
     ),
     "squeeze-and-excitation": Variant(without(no_excitation)),
@@ -154,15 +167,12 @@ def planned(args: argparse.Namespace, rows: list[dict]) -> Iterator[Run]:
 
         yield from (run("equal epochs", name) for name in COMPARED)
         yield from (run("ablation", name) for name in ABLATIONS)
+        like = asdict(run("equal epochs", "", seed=0)).items() - {("name", "")}
+        cost = {r["name"]: r["cpu_seconds"] for r in rows if r.items() >= like}
         for name in OTHERS:
-            ratio = seconds_an_epoch(rows, HALF) / seconds_an_epoch(rows, name)
-            yield run("equal time", name, max(1, round(args.epochs * ratio)))
-
-
-def seconds_an_epoch(rows: list[dict], name: str) -> float:
-    """CPU time of its first run at equal epochs."""
-    row = next(r for r in rows if (r["part"], r["name"]) == ("equal epochs", name))
-    return row["cpu_seconds"] / row["epochs"]
+            if {name, HALF} <= cost.keys():
+                epochs = round(args.epochs * cost[HALF] / cost[name])
+                yield run("equal time", name, max(1, epochs))
 
 
 def prepare(data: Path, images: int) -> tuple[Path, Path]:
@@ -254,13 +264,15 @@ def command() -> None:
     parser.add_argument("--images", type=int, default=150, help="of each category, to train on")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="networks and ingredients")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
     folders = prepare(args.data, args.images)
     for run in planned(args, rows) if not args.table else ():
-        if not any(row.items() >= asdict(run).items() for row in rows):
+        known = any(row.items() >= asdict(run).items() for row in rows)
+        if not known and (not args.only or run.name in args.only):
             rows.append(carry_out(run, *folders))
             RECORD.write_text(json.dumps(rows, indent=1) + "\n")
     write_tables(rows)

@@ -156,20 +156,20 @@ def draw(results: Results, path: Path) -> None:
 
 
 def write_tables(rows: list[dict]) -> None:
-    """results/scene_net.md, a section for each data set, and a figure beside it."""
-    for data in dict.fromkeys(row["data"] for row in rows):
-        own = [row for row in rows if row["data"] == data]
-        results, first = Results(own), own[0]
+    """results/scene_net.md: a section for each training set, with a figure if it has ablations."""
+    for data, images in dict.fromkeys((row["data"], row["images"]) for row in rows):
+        own = [row for row in rows if (row["data"], row["images"]) == (data, images)]
+        results = Results(own)
         commits = ", ".join(sorted({row["commit"] for row in own}))
         dates = sorted(row["date"] for row in own)
         text = (
             f"{provenance()}\n\n{len(own)} runs at commit {commits}, {dates[0]} to {dates[-1]}, "
-            f"with {first['images']} training images of each category, judged on "
-            f"{first['judged']} others; scene_net.json has the command of each. Accuracies in per "
-            f"cent with 95 % intervals over seeds and images.\n\n{comparison(results)}\n\n"
+            f"judged on {own[0]['judged']} images; scene_net.json has the command of each. "
+            "Accuracies in per cent with 95 % intervals over seeds and images.\n\n"
+            f"{comparison(results)}\n\n"
         )
         if results.of("ablation"):
-            picture = f"scene_net_{data}.png"
+            picture = f"scene_net_{data}_{images}.png"
             draw(results, ROOT / "results" / picture)
             text += f"{ablation(results)}\n\n![accuracies and ingredients]({picture})\n"
-        write_section("scene_net.md", data, text)
+        write_section("scene_net.md", f"{data}, {images} training images of each category", text)

@@ -1,7 +1,7 @@
 """SceneNet: our own network for scenes of 128 x 128 pixels, trained from scratch. Torch alone.
 
-A residual network (He et al., 2016) that does most of its work on maps of 8 x 8, where a kernel of
-3 x 3 sees a third of the scene's side. Each block ends with squeeze-and-excitation and, in
+Residual blocks (He et al., 2016) on maps of 32 x 32, 16 x 16 and 8 x 8, with max pooling in
+between: no convolution there skips a pixel. Each block ends with squeeze-and-excitation and, in
 training, is skipped at random. writeup/README.md tells what was measured of each of these.
 """
 
@@ -23,49 +23,41 @@ class SceneNet(nn.Module):
     def __init__(
         self,
         num_classes: int = 100,
-        width: int = 48,
-        depths: tuple[int, ...] = (1, 2, 6, 2),
+        width: int = 64,
+        depths: tuple[int, ...] = (1, 3, 4),
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            *convolution(3, width // 2, stride=2),  # 128 -> 64
-            nn.ReLU(inplace=True),
-            *convolution(width // 2, width, stride=2),  # 64 -> 32
-            nn.ReLU(inplace=True),
-        )
-        blocks, channels = [], width
-        for stage, depth in enumerate(depths):  # maps of 32, 16, 8, 4
-            for i in range(depth):
-                stride = 2 if stage and not i else 1
-                rate = drop_path * (len(blocks) + 1) / sum(depths)
-                blocks.append(Block(channels, width * 2**stage, stride, rate))
+        layers = [*convolution(3, width, stride=2), nn.ReLU(inplace=True)]  # 128 -> 64
+        channels, blocks = width, 0
+        for stage, depth in enumerate(depths):  # maps of 32, 16, 8
+            layers.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
+            for _ in range(depth):
+                blocks += 1
+                layers.append(Block(channels, width * 2**stage, drop_path * blocks / sum(depths)))
                 channels = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
+        # many features, of which the means over the map are taken
+        layers += [*convolution(channels, 4 * channels, kernel=1), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = nn.Linear(4 * channels, num_classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.stem(x))  # (N, C, H / 32, W / 32)
+        x = self.features(x)  # (N, C, H / 16, W / 16)
         return self.fc(self.avgpool(x).flatten(1))
 
 
 class Block(nn.Module):
-    """relu(shortcut(x) + branch(x)): two 3 x 3 convolutions, their channels weighed.
+    """relu(shortcut(x) + branch(x)): two 3 x 3 convolutions, their channels weighed."""
 
-    Where the map is halved, the shortcut takes means of 2 x 2 pixels before its 1 x 1 convolution,
-    which would drop three of four otherwise (ResNet-D: He et al., 2019, section 4.2).
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int, drop_path: float) -> None:
+    def __init__(self, inputs: int, outputs: int, drop_path: float) -> None:
         super().__init__()
         self.shortcut = nn.Identity()
-        if stride > 1 or inputs != outputs:
-            pool = nn.AvgPool2d(stride, ceil_mode=True)
-            self.shortcut = nn.Sequential(pool, *convolution(inputs, outputs, kernel=1))
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(*convolution(inputs, outputs, kernel=1))
         self.branch = nn.Sequential(
-            *convolution(inputs, outputs, stride=stride),
+            *convolution(inputs, outputs),
             nn.ReLU(inplace=True),
             *convolution(outputs, outputs),
         )
