@@ -133,7 +133,7 @@ def newest_good(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path |
 
 
 def _read(path: Path) -> dict:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, for what one may not look at
         raise UserError(f"no checkpoint at {path}")
     try:
         _check_sums(path)
@@ -144,6 +144,8 @@ def _read(path: Path) -> dict:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = f"it asks for {name[1]}" if name else "it holds more than tensors and plain values"
         raise UserError(f"refused to load {path}: {why}, which could run code") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # a damaged or foreign file can fail at any point of the reading
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from None

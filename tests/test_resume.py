@@ -10,14 +10,16 @@ import signal
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.run_state import final_state
+from benchmarks.run_state import final_state, points
 from torch import nn
 
 import checkpoint
 import engine
+import event_file
 import logbook
 import main
 import networks
@@ -210,3 +212,15 @@ def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
     assert runs.text().endswith("Stopped at once; what was saved is whole.\n")
     assert runs.run("--resume=auto") == 0, runs.text()
     assert final_state(runs.folders()[0]) == whole("2 workers")
+
+
+@pytest.mark.parametrize("hours", [-1, 0, 1])
+def test_points_are_purged_on_a_machine_whose_clock_is_wrong(tmp_path, monkeypatch, hours):
+    """A run cut after step 5 goes on at step 3, on another machine."""
+    for first, begun in ((0, 1e9), (3, 1e9 + 3600 * hours)):
+        monkeypatch.setattr(event_file, "time", SimpleNamespace(time=lambda begun=begun: begun))
+        file = event_file.EventFile(tmp_path, first or None)
+        for step in range(first, 6):
+            file.scalar("loss", first, step)
+        file.close()
+    assert points(tmp_path) == {"loss": [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3), (5, 3)]}
