@@ -30,7 +30,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from scene_net_table import write_tables  # noqa: E402
+from scene_net_table import HALF, write_tables  # noqa: E402
 
 import checkpoint  # noqa: E402
 import logbook  # noqa: E402
@@ -45,7 +45,6 @@ from student_code import SimpleNet, get_val_transforms  # noqa: E402
 
 RECORD = ROOT / "results" / "scene_net.json"
 WORK = ROOT / "logs" / "scene_net_benchmark"
-HALF = "SceneNet, half width"
 OTHERS = ("SimpleNet", "SimpleNet with BatchNorm", "ResNet-18")
 HELD_OUT = 100  # training images of each category that are judged and never trained on
 SHARED = ["--gpu=-1", "-j=0", "--amp=bf16", "--cache=ram", "-b=32", "--lr=0.05", "--warmup=1"]
