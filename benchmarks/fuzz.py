@@ -135,8 +135,6 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
     try:
         content = checkpoint.load(path)
         checkpoint.load_weights(training.model, content, path)
-        if content.get("trained") is not None:
-            checkpoint.load_weights(training.model, content, path, "trained")
     except UserError as e:
         now = training.model.state_dict().values()
         assert all(torch.equal(a, b) for a, b in zip(weights, now, strict=True)), "half loaded"
@@ -145,6 +143,8 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
     finally:
         assert not canary.exists(), "code of the file ran"
         assert (path.read_bytes(), good.read_bytes()) == (data, before), "a file was changed"
+    if content.get("trained") is not None:
+        checkpoint.load_weights(training.model, content, path, "trained")
     checkpoint.load_optimizer(training.optimizer, content)
     progress, _ = checkpoint.progress_of(content, {"-b": 16})
     checkpoint.left_out(content)

@@ -297,9 +297,9 @@ def load_scaler(scaler: torch.amp.GradScaler, content: dict) -> None:
         UserError: the content makes no sense.
     """
     saved = content.get("scaler")
-    if not (saved and scaler.is_enabled()):
-        return
     try:
+        if not (scaler.is_enabled() and saved):
+            return
         scale, grown = float(saved["scale"]), int(saved["_growth_tracker"])
         if not 0 < scale < math.inf:
             raise ValueError

@@ -468,7 +468,12 @@ def test_the_scale_of_gradients_is_restored_or_refused():
     fresh = torch.amp.GradScaler("cpu")
     checkpoint.load_scaler(fresh, saved)
     assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 4096
-    for wrong in ([1], {"scale": 1.0}, {"scale": float("nan"), "_growth_tracker": 0}):
+    for wrong in (
+        [1],
+        torch.zeros(3),
+        {"scale": 1.0},
+        {"scale": float("nan"), "_growth_tracker": 0},
+    ):
         with pytest.raises(UserError, match="the checkpoint's scaler makes no sense"):
             checkpoint.load_scaler(fresh, {"scaler": wrong})
     checkpoint.load_scaler(fresh, {})
