@@ -117,6 +117,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": 7},
             "progress": {"position": 2, "tally": [1.0, 2.0, 3.0, 32.0, 2.0], "order": {"-b": 16}},
+            "trained": self.model.state_dict(),
             "scaler": self.scaler.state_dict(),
             "watchdog": Watchdog(10.0, 40.0, 2, self.model.state_dict()).state(),
         }
@@ -134,6 +135,8 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
     try:
         content = checkpoint.load(path)
         checkpoint.load_weights(training.model, content, path)
+        if content.get("trained") is not None:
+            checkpoint.load_weights(training.model, content, path, "trained")
     except UserError as e:
         now = training.model.state_dict().values()
         assert all(torch.equal(a, b) for a, b in zip(weights, now, strict=True)), "half loaded"

@@ -71,7 +71,8 @@ def of_runs(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Ten
 def how_trained(run: Path) -> str:
     """A line of Markdown: the run, and the command it was trained by."""
     config = json.loads((run / "config.json").read_text())
-    return f"- {run.name}: `{command_of(config['arguments'])}`, commit {config['commit']}"
+    command = command_of(config["kind"], config["arguments"])
+    return f"- {run.name}: `{command}`, commit {config['commit']}"
 
 
 def trained_here(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:

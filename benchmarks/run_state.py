@@ -29,6 +29,7 @@ def final_state(folder: Path) -> dict[str, object]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "weights": digest(last["state_dict"]),
+        "trained": digest(last.get("trained")),
         "optimizer": digest(last["optimizer"]),
         "schedule": [last["scheduler"][k] for k in ("last_epoch", "_last_lr")],
         "epochs": last["epoch"],

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
+import recipe  # noqa: E402
 from arguments import build_parser  # noqa: E402
 
 RESULTS = ROOT / "results"
@@ -26,16 +27,18 @@ def rows_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def command_of(arguments: dict) -> str:
+def command_of(kind: str, arguments: dict) -> str:
     """The command line that gives these arguments; of the data and weights their names alone."""
     parser = build_parser()
+    usual = {name: parser.get_default(name) for name in arguments}
+    usual |= recipe.RECIPES.get(kind, recipe.COURSE)
     if not (arguments["pgd"] or arguments.get("at")):  # its default was 3, now it is the mode's
-        arguments = {**arguments, "pgd_steps": parser.get_default("pgd_steps")}
+        arguments = {**arguments, "pgd_steps": usual["pgd_steps"]}
     if arguments.get("weights"):
         arguments = {**arguments, "weights": Path(arguments["weights"]).name}
     words = ["python main.py", Path(arguments["data_folder"]).name]
     for name, value in arguments.items():
-        if name not in ("data_folder", "kind", "resume") and value != parser.get_default(name):
+        if name not in ("data_folder", "kind", "resume") and value != usual[name]:
             flag = "--" + name.replace("_", "-")
             words.append(flag if value is True else f"{flag}={value}")
     return " ".join(words)
@@ -59,7 +62,7 @@ def summary(run: Path) -> dict:
         "attacked_top1": latest.get("attacked_top1"),
         "robust_top1": last.get("robust_top1_accuracy"),
         "images_per_second": last["images_per_second"],
-        "command": command_of(config["arguments"]),
+        "command": command_of(config["kind"], config["arguments"]),
         "started": run.name.partition("_exp_")[2],
         **{key: config[key] for key in ("commit", "device", "torch")},
     }

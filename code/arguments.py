@@ -7,10 +7,16 @@ import os
 from collections.abc import Callable, Iterator
 
 from adversarial_training import STEPS
+from recipe import COURSE, SCENE_NET
 from robustness import EPSILONS
 from save_point import parse_interval
 
-KIND_FLAGS = {"use_custom_conv": "custom_conv", "use_vit": "vit", "use_resnet18": "resnet18"}
+KIND_FLAGS = {
+    "use_custom_conv": "custom_conv",
+    "use_vit": "vit",
+    "use_resnet18": "resnet18",
+    "use_scene_net": "scene_net",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -90,6 +96,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     add("--use-custom-conv", action="store_true", help="SimpleNet on our own convolution")
     add("--use-vit", action="store_true", help="SimpleViT")
     add("--use-resnet18", action="store_true", help="ResNet-18 with ImageNet weights")
+    add("--use-scene-net", action="store_true", help="SceneNet, our own, with its own recipe")
 
 
 def add_training(parser: argparse.ArgumentParser) -> None:
@@ -97,10 +104,25 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=at_least(int, 1), default=90)
     add("--start-epoch", type=at_least(int, 0), default=0, help="epochs taken as done already")
     add("-b", "--batch-size", type=at_least(int, 1), default=256)
-    add("--lr", "--learning-rate", type=at_least(float, 0), default=0.1)
+    add("--lr", "--learning-rate", type=at_least(float, 0), help=by_recipe("lr"))
     add("--warmup", type=at_least(float, 0, 1e6), default=5, help="epochs")
     add("--momentum", type=at_least(float, 0, 1), default=0.9, help="SGD alone")
-    add("--wd", "--weight-decay", type=at_least(float, 0), default=1e-4)
+    add("--wd", "--weight-decay", type=at_least(float, 0), help=by_recipe("wd"))
+    add(
+        "--label-smoothing",
+        type=at_least(float, 0, 1),
+        help=f"spread over all categories; {by_recipe('label_smoothing')}",
+    )
+    add(
+        "--cutmix",
+        type=at_least(float, 0, 1),
+        help=f"share of batches mixed; {by_recipe('cutmix')}",
+    )
+    add(
+        "--ema",
+        type=at_least(float, 0, 1),
+        help=f"share of the run that weights are averaged over; {by_recipe('ema')}",
+    )
     add("--clip-grad", type=at_least(float, 0), default=1.0, help="ViT only; 0 = off")
     add("--resume", default="", metavar="FILE", help="go on from it; auto = the newest run's")
     add("--weights", default="", metavar="FILE", help="begin a new run with its weights")
@@ -208,12 +230,18 @@ def training_contradictions(
     for flag in ("at_eps", "pgd_prob", "pgd_steps", "pgd_blend", "best_by"):
         if getattr(args, flag) != default(flag) and not (args.pgd or args.at):
             yield f"{spelled(flag)} needs --pgd or --at"
+    if args.cutmix and (args.pgd or args.at):
+        yield "--cutmix mixes images and --at attacks whole ones: leave one of them out"
     if args.pgd_blend and args.at in ("free", "trades"):
         yield f"--pgd-blend is not part of --at={args.at}: leave it out"
     if args.at == "free" and args.pgd_steps == 0:
         yield "--at=free replays each batch at least once: --pgd-steps=1 or more"
     if args.at == "fgsm-rs" and args.pgd_steps not in (None, 1):
         yield "--at=fgsm-rs takes one step: leave --pgd-steps out, or use --at=pgd"
+
+
+def by_recipe(name: str) -> str:
+    return f"default {COURSE[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
 
 
 def defaults(values: dict[str, int]) -> str:

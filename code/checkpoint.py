@@ -133,7 +133,7 @@ def newest_good(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path |
 
 
 def _read(path: Path) -> dict:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, for what one may not look at
         raise UserError(f"no checkpoint at {path}")
     try:
         _check_sums(path)
@@ -144,6 +144,8 @@ def _read(path: Path) -> dict:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = f"it asks for {name[1]}" if name else "it holds more than tensors and plain values"
         raise UserError(f"refused to load {path}: {why}, which could run code") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # a damaged or foreign file can fail at any point of the reading
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from None
@@ -193,13 +195,19 @@ def misfits(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     )
 
 
-def load_weights(model: nn.Module, content: dict, path: str | Path) -> None:
+def load_weights(
+    model: nn.Module, content: dict, path: str | Path, part: str = "state_dict"
+) -> None:
     """Put a checkpoint's weights into `model`, which stays untouched if they do not fit.
+
+    part: `state_dict`, or `trained` where that is the mean of the weights under training.
 
     Raises:
         UserError: keys or shapes differ, or a weight is not finite.
     """
-    state_dict = content["state_dict"]
+    state_dict = content[part]
+    if not _is_state_dict(state_dict):
+        raise UserError(f"{path}: its part '{part}' makes no sense")
     if wrong := misfits(model, state_dict):
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit the network: {'; '.join(wrong[:3])}{more}")

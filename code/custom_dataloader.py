@@ -6,6 +6,7 @@ root/images/val/NNNNNNNN.jpg                            root/val.txt     path be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def count_classes(root_folder: str | Path) -> int:
         UserError: train.txt is missing, or a line of either file is wrong.
     """
     root = _existing(Path(root_folder))
-    files = [root / "train.txt", *(f for f in [root / "val.txt"] if f.exists())]
+    files = [root / "train.txt", *(f for f in [root / "val.txt"] if os.path.exists(f))]
     return 1 + max(label for f in files for label in read_label_file(f, MAX_CLASSES)[1])
 
 
@@ -179,6 +180,6 @@ def _shorten(text: str) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for what one may not look at
         raise UserError(f"there is no folder {folder}; {GET_DATA}")
     return folder

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import student_code
 from checkpoint import misfits
+from scene_net import SceneNet
 from utils import UserError
 
 
@@ -49,6 +50,7 @@ BUILDERS = {
     ),
     "vit": lambda n: student_code.default_vit_model(num_classes=n),
     "resnet18": resnet18,
+    "scene_net": lambda n: SceneNet(num_classes=n),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -14,28 +13,30 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import adversarial_training
 import checkpoint
 import distributed
 import engine
 import logbook
-from adversarial_training import STEPS, AdversarialTraining, Watchdog
+import recipe
+from adversarial_training import Watchdog, robust_accuracy
 from attacks import PGD
 from batches import held_out_batch, training_batches, validation_batches
 from checkpoint import Progress
-from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from engine import Clock, Place, Scores, Tally
-from geometry import Pixels
 from logbook import Console
 from save_point import SavePoint
-from utils import LinearWarmupCosineAnnealingLR, UserError
+from utils import UserError, from_here
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names
 HELD_OUT = 200  # validation images that the robust accuracy of each epoch is measured on
 
 
 class Trainer:
-    """One run, new or resumed from a checkpoint's content."""
+    """One run, new or resumed from a checkpoint's content.
+
+    model: what is trained
+    network: what is validated and saved as the best: `model`, or the mean of its weights (--ema)
+    """
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Trainer:
             train_set, args.batch_size, args.seed, args.workers, pin, share
         )
         self.val_batches = validation_batches(val_set, args.workers, pin, share)
-        self.optimizer = make_optimizer(args, kind, model, place)
+        self.optimizer = recipe.make_optimizer(args, kind, model, place)
         self.scaler = place.scaler()
         order = {"-b": args.batch_size, "--seed": args.seed, "images": fingerprint(train_set)}
         self.progress = Progress(args.start_epoch, order=order)
@@ -64,8 +65,15 @@ class Trainer:
             for line in filter(None, (lost, checkpoint.load_optimizer(self.optimizer, content))):
                 print(f"Resuming: {line}.")
             checkpoint.load_scaler(self.scaler, content)
-        self.scheduler = make_schedule(args, self.optimizer, len(self.batches), self.progress)
-        self.adversary = make_adversary(args, args.epochs * len(self.batches))
+        steps, total = len(self.batches), args.epochs * len(self.batches)
+        done = self.progress.epoch * steps + self.progress.position
+        self.scheduler = recipe.make_schedule(args, self.optimizer, steps, done)
+        self.average = recipe.make_average(args, model, total, done)
+        self.network = self.average.module if self.average else model
+        if content.get("trained") is not None:
+            checkpoint.load_weights(model, content, args.resume, "trained")
+        self.adversary = recipe.make_adversary(args, total)
+        self.objective = recipe.make_objective(args, self.adversary, val_set.num_classes)
         if self.adversary:
             self.held_out = held_out_batch(val_set, HELD_OUT)
             self.watchdog = Watchdog(chance=100 / val_set.num_classes)
@@ -82,7 +90,7 @@ class Trainer:
         own = logbook.run_of(self.resumed_from) if self.resumed_from else None
         self.folder = own or logbook.new_run(self.kind)
         self.models = self.folder / "models"
-        print(f"Logs and checkpoints: {os.path.relpath(self.folder)}")
+        print(f"Logs and checkpoints: {from_here(self.folder)}")
         with (
             logbook.open_logbook(
                 self.folder, self.scheduler.last_epoch, progress.epoch
@@ -118,7 +126,7 @@ class Trainer:
         steps = engine.train_epoch(
             self.replica,
             self.batches,
-            nn.CrossEntropyLoss(),
+            nn.CrossEntropyLoss(label_smoothing=self.args.label_smoothing),
             self.optimizer,
             self.scheduler,
             self.place,
@@ -126,12 +134,14 @@ class Trainer:
             clock,
             seed=self.args.seed,
             clip_grad=self.args.clip_grad if self.kind == "vit" else 0.0,
-            objective=self.adversary or adversarial_training.ordinary,
+            objective=self.objective,
             scaler=self.scaler,
         )
         with Console(len(self.batches), self.args.print_freq, first) as console:
             for i, rate in enumerate(steps, first):
                 progress.position = i + 1
+                if self.average:
+                    self.average.update_parameters(self.model)
                 if console.step(i):
                     last, mean = tally.read()
                     self._check_loss(mean, tally)
@@ -179,7 +189,7 @@ class Trainer:
             **robust,
         )
         if self._is_best(val.acc1, **robust):
-            without = {"optimizer", "scheduler", "scaler", "progress", "watchdog"}
+            without = {"trained", "optimizer", "scheduler", "scaler", "progress", "watchdog"}
             best = {k: v for k, v in self._content().items() if k not in without}
             checkpoint.save(self.models / checkpoint.BEST, best)
         self._save_last()
@@ -209,15 +219,16 @@ class Trainer:
         x, y = self.place.images(self.held_out[0]), self.place.labels(self.held_out[1])
         adversary, epoch = self.adversary, self.progress.epoch + 1
         attack = PGD(epsilon=adversary.epsilon, pixels=adversary.pixels, early_stop=True)
-        robust = adversarial_training.robust_accuracy(self.model, attack, x, y)
+        robust = robust_accuracy(self.network, attack, x, y)
         robust = distributed.total(torch.tensor(robust)).item() / distributed.size()  # one mind
         print(
             f"Robust accuracy {robust:.1f} (untargeted PGD-{attack.steps}, l_inf, "
             f"eps {attack.epsilon:g}/255, {len(y)} validation images)"
         )
         epsilon = adversary.epsilon_at(epoch * len(self.batches) - 1)
-        collapsed = epsilon > 0 and self.watchdog.collapsed(self.model, robust, epoch)
+        collapsed = epsilon > 0 and self.watchdog.collapsed(self.network, robust, epoch)
         if collapsed:
+            self.model.load_state_dict(self.network.state_dict())
             self.optimizer.state.clear()  # it remembers the way into the collapse
             print(
                 f"Catastrophic overfitting: robust accuracy fell from {self.watchdog.best:.1f}; "
@@ -232,9 +243,9 @@ class Trainer:
 
     def _validate(self) -> Scores | None:
         """Plain accuracy over the validation set; None if a stop is asked for meanwhile."""
-        distributed.align(self.model)
+        distributed.align(self.network)
         tally, clock = Tally(self.place.device), Clock()
-        passes = engine.evaluate(self.model, self.val_batches, self.place, tally, clock)
+        passes = engine.evaluate(self.network, self.val_batches, self.place, tally, clock)
         with Console(len(self.val_batches), self.args.print_freq) as console:
             for i, _ in enumerate(passes):
                 if console.step(i):
@@ -249,7 +260,8 @@ class Trainer:
             "epoch": progress.epoch,
             "model_arch": ARCHITECTURES.get(self.kind, self.kind),
             "kind": self.kind,
-            "state_dict": self.model.state_dict(),
+            "state_dict": self.network.state_dict(),
+            "trained": self.model.state_dict() if self.average else None,
             "best_acc1": progress.best_acc1,
             "best_robust": progress.best_robust,
             "left_out": self.left_out,
@@ -280,13 +292,13 @@ class Trainer:
         good = checkpoint.newest_good(self.models)
         return UserError(
             f"{what} in epoch {epoch + 1}, step {batch + 1} of {steps} (learning rate {rate:.3g}), "
-            f"on {names[0]} and {len(names) - 1} more, listed in {os.path.relpath(listed)}; "
-            + (f"the last good checkpoint is {os.path.relpath(good)}" if good else "none was saved")
+            f"on {names[0]} and {len(names) - 1} more, listed in {from_here(listed)}; "
+            + (f"the last good checkpoint is {from_here(good)}" if good else "none was saved")
             + ": try a lower --lr"
         )
 
     def _report_stop(self) -> int:
-        last = os.path.relpath(self.models / checkpoint.LAST)
+        last = from_here(self.models / checkpoint.LAST)
         words = [w for w in sys.argv if not w.startswith(("--resume=", "--start-epoch="))]
         for flag in {"--resume", "--start-epoch"} & set(words):
             at = words.index(flag)
@@ -298,48 +310,3 @@ class Trainer:
 def fingerprint(dataset: Dataset) -> int:
     """A number that other images, labels or another order of them would change."""
     return zlib.crc32(repr((dataset.paths, dataset.labels)).encode())
-
-
-def make_optimizer(
-    args: Namespace, kind: str, model: nn.Module, place: Place
-) -> torch.optim.Optimizer:
-    fused = place.device.type == "cuda"  # one kernel for all parameters
-    if kind == "vit":
-        return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=fused)
-    return torch.optim.SGD(
-        model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd, fused=fused
-    )
-
-
-def make_schedule(
-    args: Namespace, optimizer: torch.optim.Optimizer, steps: int, progress: Progress
-) -> LinearWarmupCosineAnnealingLR:
-    """The schedule for `steps` steps an epoch, at the step that the run has come to.
-
-    It is a function of the step alone and takes nothing from a checkpoint.
-    """
-    for group in optimizer.param_groups:
-        group["initial_lr"] = args.lr  # what torch wants of a schedule that starts midway
-    return LinearWarmupCosineAnnealingLR(
-        optimizer,
-        round(args.warmup * steps),
-        args.epochs * steps,
-        last_epoch=progress.epoch * steps + progress.position - 1,
-    )
-
-
-def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | None:
-    """The mode of --at. From scratch, a quarter of the run is clean and epsilon full from 3/4 on;
-    a network that begins with --weights is attacked at once, at full size after a quarter."""
-    if args.at is None:
-        return None
-    quarter = total_steps // 4
-    return AdversarialTraining(
-        mode=args.at,
-        epsilon=args.at_eps,
-        steps=STEPS[args.at] if args.pgd_steps is None else args.pgd_steps,
-        pixels=Pixels("255", IMAGENET_MEAN, IMAGENET_STD),
-        prob=args.pgd_prob,
-        blend=args.pgd_blend,
-        ramp=(0, quarter) if args.weights else (quarter, 3 * quarter),
-    )

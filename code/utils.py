@@ -74,6 +74,14 @@ def _is_cut_off(data: bytes) -> bool:
     return False
 
 
+def from_here(path: str | Path) -> str:
+    """`path` as seen from the working folder; unchanged if on another of Windows' drives."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
 def save_image(path: str | Path, img: np.ndarray) -> None:
     """Write an RGB uint8 (H, W, 3) array; the file type follows from the suffix.
 

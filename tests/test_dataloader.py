@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -379,14 +380,20 @@ def broken(img):
     return 1 / 0
 
 
-def test_a_worker_leaves_signals_to_the_trainer(root):
-    """A terminal or a cluster sends them to every process; the batch in work must still arrive."""
-    data = MiniPlacesLoader(root, transforms=interrupted)
+@pytest.mark.parametrize("unblock", [False, True])
+def test_a_worker_leaves_signals_to_the_trainer(root, unblock):
+    """A terminal or a cluster sends them to every process; the batch in work must still arrive.
+
+    Libraries unblock SIGTERM: Python's own does where it starts its resource tracker.
+    """
+    data = MiniPlacesLoader(root, transforms=partial(interrupted, unblock=unblock))
     images, _ = collect(training_batches(data, 4, 1, workers=1))
     assert len(images) == 24
 
 
-def interrupted(img):
+def interrupted(img, unblock):
+    if unblock and hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
     return torch.zeros(1)

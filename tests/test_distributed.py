@@ -24,17 +24,29 @@ import main
 import networks
 from batches import EpochBatches, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader
+from scene_net import SceneNet
 from utils import UserError
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 
 CODE = Path(main.__file__).parent
+
+
+def forgetful(net: nn.Module) -> nn.Module:
+    """Its statistics are those of the latest images alone, and so another process's are others."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    return net
+
+
 SERVER = multiprocessing.get_context("forkserver")
 BUILDERS = {
     "torch_conv": lambda n: nn.Sequential(
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, n)
-    )
+    ),
+    "scene_net": lambda n: forgetful(SceneNet(n, width=8, depths=(1, 1, 1))),
 }
 TRAIN = ["--epochs=2", "-b=16", "--lr=0.02", "--warmup=1", "-p=1"]
 
@@ -125,6 +137,33 @@ def test_two_processes_train_like_one(sample_root, tmp_path, one):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
         for name in ("train_top1_accuracy", "val_top1_accuracy", "val_top5_accuracy"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-4)
+
+
+def test_two_processes_validate_the_mean_that_they_save(sample_root, tmp_path):
+    """Of statistics, too, which follow the images that each has seen."""
+    run(
+        tmp_path,
+        str(sample_root),
+        *TRAIN,
+        "--use-scene-net",
+        "--ema=0.01",
+        "--epochs=6",
+        "--lr=0.2",
+    )
+    folder = run_folder(tmp_path)
+    alone = run(
+        tmp_path,
+        str(sample_root),
+        f"--resume={folder / 'models' / checkpoint.LAST}",
+        "-e",
+        processes=1,
+    )
+    last = rows(folder / "metrics.jsonl")[-1]
+    plain = alone.split("Each image by itself:\n")[1].splitlines()[0]
+    assert (
+        plain
+        == f"******Acc@1 {last['val_top1_accuracy']:.3f} Acc@5 {last['val_top5_accuracy']:.3f}"
+    )
 
 
 @pytest.mark.parametrize("look", ["-e", "-a"])

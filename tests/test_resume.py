@@ -10,18 +10,21 @@ import signal
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from benchmarks.run_state import final_state
+from benchmarks.run_state import final_state, points
 from torch import nn
 
 import checkpoint
 import engine
+import event_file
 import logbook
 import main
 import networks
 import student_code
+from scene_net import SceneNet
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)
@@ -32,6 +35,7 @@ BUILDERS = {
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(2048, n)
     ),
     "vit": lambda n: student_code.SimpleViT(num_classes=n, embed_dim=32, depth=2, num_heads=2),
+    "scene_net": lambda n: SceneNet(n, width=8, depths=(1, 1, 1), drop_path=0.3),
 }
 SERVER = multiprocessing.get_context("forkserver")
 COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", "--save-every=1"]
@@ -40,6 +44,7 @@ VARIANTS = {
     "2 workers": ["-j=2", "--cache=device"],
     "adversarial": ["-j=1", "--at=free", "--best-by=robust", "--cache=ram"],
     "vit": ["-j=0", "--use-vit"],
+    "mean of weights": ["-j=0", "--use-scene-net", "--ema=0.5"],
 }
 
 
@@ -129,6 +134,7 @@ KILLS = {  # two steps an epoch, a save after each and one at its end, where the
     "2 workers": [("os", "replace", 6)],
     "adversarial": [("book", "epoch", 1)],
     "vit": [("book", "step", 3)],
+    "mean of weights": [("os", "fsync", 8), ("engine", "evaluate", 1)],
 }
 
 
@@ -206,3 +212,15 @@ def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
     assert runs.text().endswith("Stopped at once; what was saved is whole.\n")
     assert runs.run("--resume=auto") == 0, runs.text()
     assert final_state(runs.folders()[0]) == whole("2 workers")
+
+
+@pytest.mark.parametrize("hours", [-1, 0, 1])
+def test_points_are_purged_on_a_machine_whose_clock_is_wrong(tmp_path, monkeypatch, hours):
+    """A run cut after step 5 goes on at step 3, on another machine."""
+    for first, begun in ((0, 1e9), (3, 1e9 + 3600 * hours)):
+        monkeypatch.setattr(event_file, "time", SimpleNamespace(time=lambda begun=begun: begun))
+        file = event_file.EventFile(tmp_path, first or None)
+        for step in range(first, 6):
+            file.scalar("loss", first, step)
+        file.close()
+    assert points(tmp_path) == {"loss": [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3), (5, 3)]}
