@@ -84,6 +84,16 @@ class MiniPlacesLoader(Dataset):
             image = self.transforms(image)
         return image, self.labels[index]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Of what the transforms make, where they tell; `write` then takes memory for it."""
+        return getattr(self.transforms, "shape", None)
+
+    def write(self, index: int, out: np.ndarray) -> int:
+        """Write the image to `out`, float32 of `image_shape`; returns the label."""
+        self.transforms.write(self.read(index), out)
+        return self.labels[index]
+
     def get_index_mapping(self) -> dict[str, str]:
         """Label id, as a string, to category name: {"0": "abbey", ...}.
 

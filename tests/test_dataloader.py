@@ -297,6 +297,19 @@ def test_the_trainers_own_random_numbers_are_left_alone(root, workers):
             assert torch.equal(torch.get_rng_state(), before[2])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_written_in_place_holds_the_bits_of_its_samples(root, workers):
+    """And memory of its own: a batch that is kept does not change when the next ones come."""
+    keep, apart = (MiniPlacesLoader(root, transforms=AUGMENT) for _ in range(2))
+    apart.transforms = lambda img: AUGMENT(img)  # tells no shape: collated sample by sample
+    whole = list(training_batches(keep, 4, 1, workers))
+    pieces = list(training_batches(apart, 4, 1, workers))
+    assert len(whole) == 6 and keep.image_shape == (3, 128, 128) and apart.image_shape is None
+    assert torch.equal(collect(whole)[0], collect(pieces)[0])
+    assert torch.equal(collect(whole)[1], collect(pieces)[1])
+    assert whole[0][0].is_shared() == (workers > 0)
+
+
 def test_neighbouring_samples_draw_unlike_numbers():
     class Draws:
         def __len__(self):
