@@ -125,6 +125,17 @@ def test_a_missing_file_is_named(tmp_path):
     assert str(refusal.value) == f"cannot read the image {path}: No such file or directory"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_folders_pipes_and_devices_are_no_images(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError) as refusal:
+            load_image(path)
+        assert str(refusal.value) == f"cannot read the image {path}: it is not a file"
+
+
 def png_of_zeros(side):
     """A grey square, a thousandth of the size of its pixels."""
 
