@@ -173,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
         if e.errno not in (errno.ENOSPC, errno.EPIPE):
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python fails to write it at its end
-        return refuse(UserError(f"cannot write the output: {e.strerror}; what was saved is whole"))
+        place = e.filename or "the output"
+        return refuse(UserError(f"cannot write {place}: {e.strerror}; what was saved is whole"))
     except KeyboardInterrupt:
         print("Stopped at once; what was saved is whole.", file=sys.stderr)
         return 130
