@@ -182,7 +182,7 @@ def processes(rng: random.Random, folder: Path) -> None:
     errors = [line for line in done.stderr.splitlines() if not line.startswith(DECODERS)]
     assert len(errors) == done.returncode, said
     if done.returncode:
-        raise UserError(done.stderr)
+        raise UserError(errors[0])
 
 
 def make_whole(folder: Path) -> None:
