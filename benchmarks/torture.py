@@ -36,6 +36,7 @@ VARIANTS = {
     "adversarial (pgd), 1 worker": ["-j=1", "--pgd"],
     "adversarial (free), no worker": ["-j=0", "--at=free", "--best-by=robust"],
     "SimpleViT with drop path, 2 workers": ["-j=2", "--use-vit", "--lr=0.001"],
+    "SceneNet with mean weights, 1 worker": ["-j=1", "--use-scene-net"],
 }
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
 

@@ -7,6 +7,7 @@ drawn (`EpochBatches`), and each sample seeds the random numbers of its own augm
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from utils import UserError
 
@@ -77,10 +78,13 @@ class Reproducible(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[Key]) -> list | UserError:
+    def __getitems__(self, keys: list[Key]) -> list | tuple[Tensor, Tensor] | UserError:
+        """Samples, or a whole batch if the data set can write to memory that it is given."""
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         try:
-            return [self._sample(*key) for key in keys]
+            if shape := getattr(self.dataset, "image_shape", None):
+                return self._batch(keys, shape)
+            return [self.dataset[index] for index in map(self._seed, keys)]
         except UserError as e:
             return e
         finally:
@@ -88,12 +92,27 @@ class Reproducible(Dataset):
             np.random.set_state(states[1])  # noqa: NPY002
             torch.set_rng_state(states[2])
 
-    def _sample(self, epoch: int, index: int):
+    def _batch(self, keys: list[Key], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        images = _room(len(keys), *shape)
+        rooms = zip(keys, images.numpy(), strict=True)
+        labels = [self.dataset.write(self._seed(key), room) for key, room in rooms]
+        return images, torch.tensor(labels)
+
+    def _seed(self, key: Key) -> int:
+        epoch, index = key
         random.seed(f"{self.seed} {epoch} {index}")  # a string is hashed: neighbours differ
         np.random.seed(random.getrandbits(32))  # noqa: NPY002 - the generator students use
         # not torch.manual_seed, which would reseed the GPU as well
         torch.default_generator.manual_seed(random.getrandbits(63))
-        return self.dataset[index]
+        return index
+
+
+def _room(*shape: int) -> Tensor:
+    """Memory for a batch; a worker's is shared with the trainer, as that of default_collate is."""
+    if get_worker_info() is None:
+        return torch.empty(shape)
+    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
+    return torch.empty(0).set_(storage, 0, shape)
 
 
 class Batches(DataLoader):
@@ -155,8 +174,8 @@ def worker_death(error: RuntimeError) -> UserError | None:
     return None
 
 
-def _collate(samples: list | UserError):
-    return samples if isinstance(samples, UserError) else default_collate(samples)
+def _collate(samples: list | tuple[Tensor, Tensor] | UserError):
+    return default_collate(samples) if isinstance(samples, list) else samples
 
 
 def training_batches(

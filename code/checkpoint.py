@@ -133,7 +133,7 @@ def newest_good(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path |
 
 
 def _read(path: Path) -> dict:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, for what one may not look at
         raise UserError(f"no checkpoint at {path}")
     try:
         _check_sums(path)
@@ -144,6 +144,8 @@ def _read(path: Path) -> dict:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = f"it asks for {name[1]}" if name else "it holds more than tensors and plain values"
         raise UserError(f"refused to load {path}: {why}, which could run code") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # a damaged or foreign file can fail at any point of the reading
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from None
@@ -295,9 +297,9 @@ def load_scaler(scaler: torch.amp.GradScaler, content: dict) -> None:
         UserError: the content makes no sense.
     """
     saved = content.get("scaler")
-    if not (saved and scaler.is_enabled()):
-        return
     try:
+        if not (scaler.is_enabled() and saved):
+            return
         scale, grown = float(saved["scale"]), int(saved["_growth_tracker"])
         if not 0 < scale < math.inf:
             raise ValueError

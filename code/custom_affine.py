@@ -60,9 +60,11 @@ def compose(first: Affine, then: Affine) -> Affine:
     )
 
 
-def warp_image(img: np.ndarray, warp: Affine, size: tuple[int, int]) -> np.ndarray:
+def warp_image(
+    img: np.ndarray, warp: Affine, size: tuple[int, int], out: np.ndarray | None = None
+) -> np.ndarray:
     a, b, c, d, e, f = warp
     # OpenCV counts from the centre of the first pixel, not from its corner
     matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(img, matrix, size, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(img, matrix, size, out, flags, cv2.BORDER_REPLICATE)

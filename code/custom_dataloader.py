@@ -6,6 +6,7 @@ root/images/val/NNNNNNNN.jpg                            root/val.txt     path be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -83,6 +84,16 @@ class MiniPlacesLoader(Dataset):
             image = self.transforms(image)
         return image, self.labels[index]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Of what the transforms make, where they tell; `write` then takes memory for it."""
+        return getattr(self.transforms, "shape", None)
+
+    def write(self, index: int, out: np.ndarray) -> int:
+        """Write the image to `out`, float32 of `image_shape`; returns the label."""
+        self.transforms.write(self.read(index), out)
+        return self.labels[index]
+
     def get_index_mapping(self) -> dict[str, str]:
         """Label id, as a string, to category name: {"0": "abbey", ...}.
 
@@ -102,7 +113,7 @@ def count_classes(root_folder: str | Path) -> int:
         UserError: train.txt is missing, or a line of either file is wrong.
     """
     root = _existing(Path(root_folder))
-    files = [root / "train.txt", *(f for f in [root / "val.txt"] if f.exists())]
+    files = [root / "train.txt", *(f for f in [root / "val.txt"] if os.path.exists(f))]
     return 1 + max(label for f in files for label in read_label_file(f, MAX_CLASSES)[1])
 
 
@@ -169,6 +180,6 @@ def _shorten(text: str) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, for what one may not look at
         raise UserError(f"there is no folder {folder}; {GET_DATA}")
     return folder

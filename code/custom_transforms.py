@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -226,13 +227,29 @@ class Compose:
     def __init__(self, transforms: Sequence[Callable]) -> None:
         self.transforms = list(transforms)
 
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(3, height, width) of what the course's sequences make; None for any other."""
+        if self._sequence() not in FUSED:
+            return None
+        width, height = self.transforms[-3].size
+        return 3, height, width
+
     def __call__(self, img: np.ndarray) -> torch.Tensor:
-        fused = FUSED.get(tuple(map(type, self.transforms)))
-        if fused and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
-            return fused(img, *self.transforms)
+        if self.shape and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
+            out = np.empty(self.shape, np.float32)
+            self.write(img, out)
+            return torch.from_numpy(out)
         for transform in self.transforms:
             img = transform(img)
         return img
+
+    def write(self, img: np.ndarray, out: np.ndarray) -> None:
+        """Write what the course's sequences make of a uint8 (H, W, 3) to `out`, of `shape`."""
+        FUSED[self._sequence()](img, out, *self.transforms)
+
+    def _sequence(self) -> tuple[type, ...]:
+        return tuple(map(type, self.transforms))
 
     def __repr__(self) -> str:
         return "Compose([\n" + "".join(f"    {t},\n" for t in self.transforms) + "])"
@@ -267,7 +284,7 @@ def sample_warp(
     return compose(warp, (w / crop.size[0], 0, x, 0, h / crop.size[1], y)), gains
 
 
-def _train(img, scale, flip, color, rotate, crop, _, normalize) -> torch.Tensor:
+def _train(img, out, scale, flip, color, rotate, crop, _, normalize) -> None:
     width, height = scale.target(img.shape[1], img.shape[0])
     # the warp reads four source pixels per output pixel: too few for a much larger image
     reduced = img.shape[1] > 2 * width or img.shape[0] > 2 * height
@@ -276,24 +293,33 @@ def _train(img, scale, flip, color, rotate, crop, _, normalize) -> torch.Tensor:
     size = img.shape[1], img.shape[0]
     warp, gains = sample_warp(size, scale, flip, color, rotate, crop)
     # OpenCV warps four channels in two thirds of the time it takes for three
-    img = warp_image(cv2.cvtColor(img, cv2.COLOR_RGB2RGBA), warp, crop.size)
-    return _normalized(img, _gain_table(gains), normalize)
+    rgba = cv2.cvtColor(img, cv2.COLOR_RGB2RGBA, dst=_scratch("rgba", *img.shape[:2], 4))
+    warped = warp_image(rgba, warp, crop.size, _scratch("warped", *out.shape[1:], 4))
+    _normalized(warped, _gain_table(gains), normalize, out)
 
 
-def _val(img, scale, crop, _, normalize) -> torch.Tensor:
-    return _normalized(crop(scale(img)), LEVELS, normalize)
+def _val(img, out, scale, crop, _, normalize) -> None:
+    _normalized(crop(scale(img)), LEVELS, normalize, out)
 
 
-def _normalized(img: np.ndarray, levels: np.ndarray, normalize: Normalize) -> torch.Tensor:
+def _normalized(img: np.ndarray, levels: np.ndarray, normalize: Normalize, out: np.ndarray) -> None:
     """Normalise `levels` (3, 256), what the grey levels turn into; look every pixel up in it."""
     scale, shift = _scale_shift(normalize.mean, normalize.std)
     table = levels * scale - shift  # (3, 256)
-    out = np.empty((3, *img.shape[:2]), np.float32)
     # OpenCV is twice as fast at splitting into planes that are there
-    planes = cv2.split(img, list(np.empty((img.shape[2], *img.shape[:2]), np.uint8)))
+    planes = cv2.split(img, list(_scratch("planes", img.shape[2], *img.shape[:2])))
     for plane, levels_of, channel in zip(planes[:3], table, out, strict=True):
         cv2.LUT(plane, levels_of, dst=channel)
-    return torch.from_numpy(out)
+
+
+def _scratch(use: str, *shape: int) -> np.ndarray:
+    """Memory that each image of a thread overwrites: the pages of new memory cost more."""
+    return _memory(use, shape, threading.get_ident())
+
+
+@lru_cache(maxsize=32)
+def _memory(use: str, shape: tuple[int, ...], thread: int) -> np.ndarray:
+    return np.empty(shape, np.uint8)
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import distributed
 from adversarial_training import Objective, ordinary
-from utils import AverageMeter
+from utils import AverageMeter, UserError
 
 try:
     import resource
@@ -44,13 +44,17 @@ class Place:
     def network(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """`model` itself, moved here; its parameters, their names and its logits stay float32."""
         model.to(self.device, memory_format=self.memory_format)
-        if not trains_on(model, self.images(torch.zeros(1, 3, 128, 128))):
+        if obstacle(model, self.images(torch.zeros(1, 3, 128, 128))):  # a student's may `view`
             self.memory_format = torch.contiguous_format
             model.to(memory_format=self.memory_format)
         if self.amp:
             forward = torch.autocast(self.device.type, self.amp)(type(model).forward)
             model.forward = MethodType(forward, model)  # a copy of the model gets its own
             model.register_forward_hook(lambda module, inputs, logits: logits.float())
+            if reason := obstacle(model, self.images(torch.zeros(1, 3, 128, 128))):
+                raise UserError(
+                    f"--amp: the network's own backward pass mixes formats ({reason}): leave it out"
+                )
         if compiled:
             model.compile()
         return model
@@ -75,14 +79,14 @@ class Place:
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def trains_on(model: nn.Module, x: Tensor) -> bool:
-    """Whether `model` goes forward and back in the memory layout of x: a student's may `view`."""
+def obstacle(model: nn.Module, x: Tensor) -> str | None:
+    """Why `model` does not go forward and back in the memory layout of x; None if it does."""
     trial = copy.deepcopy(model).eval()
     try:
         trial(x.requires_grad_(True)).sum().backward()
-    except RuntimeError:
-        return False
-    return True
+    except RuntimeError as e:
+        return str(e).splitlines()[0]
+    return None
 
 
 class Tally:

@@ -25,6 +25,7 @@ from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
 from logbook import Console, Logbook, final_line
 from saliency import grad_cam, saliency
+from utils import from_here
 
 DIFFERENCE_FACTOR = 10
 SHOWN = 20  # images of a batch that get captions
@@ -53,7 +54,7 @@ class Evaluation:
         if not (self.args.vis or self.args.sweep):
             return contextlib.nullcontext()
         folder = logbook.run_of(self.args.resume) or logbook.new_run("evaluation")
-        print(f"Pictures: tensorboard --logdir={os.path.relpath(folder)}")
+        print(f"Pictures: tensorboard --logdir={from_here(folder)}")
         return logbook.open_logbook(folder)
 
     # ---- -e

@@ -35,8 +35,11 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        # TensorBoard reads a folder's files in the order of their names
-        name = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        # TensorBoard reads a folder's files in the order of their names, and the clock of a machine
+        # that goes on with a run may be behind
+        last = max(map(_begun, folder.glob("events.out.tfevents.*")), default=0)
+        begun = f"{max(time.time(), last + 1):010.0f}"
+        name = f"{begun}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path = folder / f"events.out.tfevents.{name}"
         with self._errors_as_one_line():
             folder.mkdir(exist_ok=True)
@@ -82,3 +85,8 @@ class EventFile:
             yield
         except OSError as e:
             raise UserError(f"cannot write {self.path}: {e.strerror or e}") from None
+
+
+def _begun(file: Path) -> int:
+    seconds = file.name.split(".")[3]
+    return int(seconds) if seconds.isdecimal() else 0

@@ -9,6 +9,7 @@ tensorboard --logdir=../logs/RUN                                                
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -31,7 +32,7 @@ from custom_dataloader import MiniPlacesLoader, count_classes
 from engine import Place
 from evaluation import Evaluation
 from trainer import Trainer
-from utils import UserError
+from utils import UserError, from_here
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,10 +87,10 @@ def find_checkpoint(args: Namespace) -> str:
         folder = logbook.run_launched_as(distributed.launch())
     path = folder and checkpoint.newest_good(folder / "models")
     if path:
-        return os.path.relpath(path)
+        return from_here(path)
     if args.evaluate or args.attack:
         raise UserError("--resume=auto: there is no run to look at")
-    place = os.path.relpath(folder or logbook.LOGS)
+    place = from_here(folder or logbook.LOGS)
     print(f"--resume=auto: {place} holds no checkpoint; starting afresh")
     return ""
 
@@ -157,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: torch {torch.__version__} is too old: install 2.6 or later", file=sys.stderr)
         return 1
     try:
-        return run(arguments.parse(argv))
+        code = run(arguments.parse(argv))
+        sys.stdout.flush()
+        return code
     except UserError as e:
         return refuse(e)
     except torch.OutOfMemoryError:
@@ -166,6 +169,12 @@ def main(argv: list[str] | None = None) -> int:
         if (death := worker_death(e)) is None:
             raise
         return refuse(death)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python fails to write it at its end
+        place = e.filename or "the output"
+        return refuse(UserError(f"cannot write {place}: {e.strerror}; what was saved is whole"))
     except KeyboardInterrupt:
         print("Stopped at once; what was saved is whole.", file=sys.stderr)
         return 130

@@ -8,7 +8,6 @@ network does with single images needs the data folder that its run recorded, or 
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from datetime import date
@@ -20,7 +19,7 @@ from logbook import LOGS, commit
 from reporting import sections
 from reporting.document import Document, Section, Text
 from reporting.records import read_runs
-from utils import UserError
+from utils import UserError, from_here
 
 RESULTS = LOGS.parent / "results"
 
@@ -63,7 +62,7 @@ def report(args: Namespace) -> None:
     write_atomically(out / "report.html", document.html().encode())
     write_atomically(out / "report.md", document.markdown().encode())
     write_atomically(out / "report.pdf", document.pdf())
-    print(f"report.html, report.md, report.pdf and figures: {os.path.relpath(out)}")
+    print(f"report.html, report.md, report.pdf and figures: {from_here(out)}")
 
 
 def make_folder(out: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import sys
 import time
@@ -26,7 +25,7 @@ from checkpoint import Progress
 from engine import Clock, Place, Scores, Tally
 from logbook import Console
 from save_point import SavePoint
-from utils import UserError
+from utils import UserError, from_here
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names
 HELD_OUT = 200  # validation images that the robust accuracy of each epoch is measured on
@@ -91,7 +90,7 @@ class Trainer:
         own = logbook.run_of(self.resumed_from) if self.resumed_from else None
         self.folder = own or logbook.new_run(self.kind)
         self.models = self.folder / "models"
-        print(f"Logs and checkpoints: {os.path.relpath(self.folder)}")
+        print(f"Logs and checkpoints: {from_here(self.folder)}")
         with (
             logbook.open_logbook(
                 self.folder, self.scheduler.last_epoch, progress.epoch
@@ -293,13 +292,13 @@ class Trainer:
         good = checkpoint.newest_good(self.models)
         return UserError(
             f"{what} in epoch {epoch + 1}, step {batch + 1} of {steps} (learning rate {rate:.3g}), "
-            f"on {names[0]} and {len(names) - 1} more, listed in {os.path.relpath(listed)}; "
-            + (f"the last good checkpoint is {os.path.relpath(good)}" if good else "none was saved")
+            f"on {names[0]} and {len(names) - 1} more, listed in {from_here(listed)}; "
+            + (f"the last good checkpoint is {from_here(good)}" if good else "none was saved")
             + ": try a lower --lr"
         )
 
     def _report_stop(self) -> int:
-        last = os.path.relpath(self.models / checkpoint.LAST)
+        last = from_here(self.models / checkpoint.LAST)
         words = [w for w in sys.argv if not w.startswith(("--resume=", "--start-epoch="))]
         for flag in {"--resume", "--start-epoch"} & set(words):
             at = words.index(flag)

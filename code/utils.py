@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def load_image(path: str | Path) -> np.ndarray:
             above 67 million pixels, or a strip that scaling by its shorter side would blow up.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
+            raise UserError(f"cannot read the image {path}: it is not a file")
         # imdecode rather than imread: imread cannot open non-ASCII paths on Windows, and fills up
         # a JPEG that was cut off
         with open(path, "rb", buffering=0) as file:
@@ -72,6 +75,14 @@ def _is_cut_off(data: bytes) -> bool:
             at += 12 + int.from_bytes(data[at : at + 4], "big")
         return at + 12 > len(data)
     return False
+
+
+def from_here(path: str | Path) -> str:
+    """`path` as seen from the working folder; unchanged if on another of Windows' drives."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
 
 
 def save_image(path: str | Path, img: np.ndarray) -> None:

@@ -9,8 +9,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Tests run side by side, and a forked process would wait for its parent's other threads for ever.
+torch.set_num_threads(1)
 
 # A shell starts its background jobs deaf to Ctrl-C; the processes that tests start would be, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

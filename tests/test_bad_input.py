@@ -1,5 +1,6 @@
 """Damaged, odd and missing input: works, or is one clear line, and never a wrong sample."""
 
+import contextlib
 import json
 import os
 import re
@@ -122,6 +123,17 @@ def test_a_missing_file_is_named(tmp_path):
         load_image(tmp_path / "x.jpg")
     path = tmp_path / "x.jpg"
     assert str(refusal.value) == f"cannot read the image {path}: No such file or directory"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_folders_pipes_and_devices_are_no_images(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError) as refusal:
+            load_image(path)
+        assert str(refusal.value) == f"cannot read the image {path}: it is not a file"
 
 
 def png_of_zeros(side):
@@ -425,6 +437,11 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
     assert run(capsys, data, "--epochs=3", "--lr=0.01", "--resume=auto")[0] == 0
 
 
+def test_a_folder_name_that_is_too_long_is_one_line(capsys):
+    status, _, err = run(capsys, "x" * 5000)
+    assert status == 1 and len(err) == 1 and err[0].startswith("error: there is no folder xxx")
+
+
 def test_logs_that_cannot_be_written_are_one_line(data, disk, logs, capsys):
     run(capsys, data, "--epochs=1", "--lr=0.01")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -434,6 +451,43 @@ def test_logs_that_cannot_be_written_are_one_line(data, disk, logs, capsys):
         assert status == 1 and len(err) == 1
         assert re.match(r"error: cannot (make|write) .*: Read-only file system", err[0])
     assert sorted(disk.rglob("*")) == before
+
+
+def test_a_folder_that_becomes_read_only_in_mid_run(data, disk, logs, capsys, monkeypatch):
+    """Between two saves; what was saved is whole."""
+    original = checkpoint.write_atomically
+
+    def lock_first(path, *args, **options):
+        if path.exists():
+            mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(path.parent)]
+            subprocess.run(mount, check=True)
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", lock_first)
+    status, _, err = run(capsys, data, "--epochs=3", "--lr=0.01", "--save-every=2")
+    [models] = disk.glob("*/models")
+    subprocess.run(["umount", str(models)], check=True)
+    assert status == 1 and err == [
+        f"error: cannot write {models / checkpoint.LAST}: Read-only file system; "
+        "what was there is intact"
+    ]
+    assert checkpoint.load(models / checkpoint.LAST)["progress"]["position"] == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_an_output_that_cannot_be_written_is_one_line(data, logs, capsys, monkeypatch):
+    """As with `> logs/output.txt` on a full disk, or after `| head`."""
+    monkeypatch.setattr(sys, "stdout", full := open("/dev/full", "w"))  # noqa: SIM115
+    status = main.main([str(data), "--epochs=1", "--gpu=-1", "-j=0", "-b=16", "--save-every=1"])
+    with contextlib.suppress(OSError):
+        full.close()
+    told = "cannot write the output: {}; what was saved is whole\n".format
+    assert status == 1 and capsys.readouterr().err == "error: " + told("No space left on device")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    words = [sys.executable, "main.py", str(data), "--check-data", "-j=0"]
+    done = subprocess.run(words, cwd=CODE, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: " + told("Broken pipe"))
 
 
 def test_logs_that_are_a_file_are_one_line(data, logs, capsys):

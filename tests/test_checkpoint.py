@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +173,55 @@ def in_a_child(work):
         os._exit(0)
 
 
+def told_to_a_user(work):
+    """The UserError that `work` ends with for an ordinary user: root may do everything."""
+    ours, theirs = os.pipe()
+
+    def tell():
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        try:
+            work()
+        except UserError as e:
+            os.write(theirs, str(e).encode())
+
+    os.waitpid(in_a_child(tell), 0)
+    os.close(theirs)
+    with open(ours) as pipe:
+        return pipe.read()
+
+
+@forks
+def test_a_folder_that_lost_its_permission_keeps_its_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a user could not walk down to it
+    for value in (1, 2):
+        write(tmp_path, value)
+    tmp_path.chmod(0o555)
+    assert told_to_a_user(lambda: write(Path(), 3)) == (
+        "cannot write checkpoint.pth.tar: Permission denied; what was there is intact"
+    )
+    assert [value_of(Path(name)) for name in (checkpoint.LAST, checkpoint.PREVIOUS)] == [2, 1]
+    assert len(os.listdir()) == 2
+
+
+@forks
+def test_a_file_that_one_may_not_read_is_named(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    saved.parent.chmod(0o755)
+    saved.chmod(0)
+    assert told_to_a_user(partial(checkpoint.load, saved.name)) == (
+        f"cannot read {saved.name}: Permission denied"
+    )
+    saved.parent.chmod(0)
+    assert told_to_a_user(partial(checkpoint.load, saved.name)) == f"no checkpoint at {saved.name}"
+    saved.parent.chmod(0o755)
+
+
+def test_a_name_too_long_for_a_file_is_no_checkpoint():
+    with pytest.raises(UserError, match="no checkpoint at x"):
+        checkpoint.load("x" * 5000)
+
+
 @forks
 @pytest.mark.parametrize("delay", [0.01, 0.037, 0.11])
 def test_killed_while_writing_leaves_a_whole_file(tmp_path, delay):
@@ -211,6 +262,15 @@ def test_the_first_signal_asks_and_the_second_acts():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_save_is_due_every_n_seconds():
+    point = SavePoint("1s")
+    assert not point.due()
+    time.sleep(1)
+    assert point.due()
+    point.saved()
+    assert not point.due()
 
 
 def test_a_save_is_due_every_n_steps():
@@ -408,7 +468,12 @@ def test_the_scale_of_gradients_is_restored_or_refused():
     fresh = torch.amp.GradScaler("cpu")
     checkpoint.load_scaler(fresh, saved)
     assert fresh.state_dict() == scaler.state_dict() and fresh.get_scale() == 4096
-    for wrong in ([1], {"scale": 1.0}, {"scale": float("nan"), "_growth_tracker": 0}):
+    for wrong in (
+        [1],
+        torch.zeros(3),
+        {"scale": 1.0},
+        {"scale": float("nan"), "_growth_tracker": 0},
+    ):
         with pytest.raises(UserError, match="the checkpoint's scaler makes no sense"):
             checkpoint.load_scaler(fresh, {"scaler": wrong})
     checkpoint.load_scaler(fresh, {})

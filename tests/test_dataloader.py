@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
@@ -296,6 +297,19 @@ def test_the_trainers_own_random_numbers_are_left_alone(root, workers):
             assert torch.equal(torch.get_rng_state(), before[2])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_batch_written_in_place_holds_the_bits_of_its_samples(root, workers):
+    """And memory of its own: a batch that is kept does not change when the next ones come."""
+    keep, apart = (MiniPlacesLoader(root, transforms=AUGMENT) for _ in range(2))
+    apart.transforms = lambda img: AUGMENT(img)  # tells no shape: collated sample by sample
+    whole = list(training_batches(keep, 4, 1, workers))
+    pieces = list(training_batches(apart, 4, 1, workers))
+    assert len(whole) == 6 and keep.image_shape == (3, 128, 128) and apart.image_shape is None
+    assert torch.equal(collect(whole)[0], collect(pieces)[0])
+    assert torch.equal(collect(whole)[1], collect(pieces)[1])
+    assert whole[0][0].is_shared() == (workers > 0)
+
+
 def test_neighbouring_samples_draw_unlike_numbers():
     class Draws:
         def __len__(self):
@@ -366,14 +380,20 @@ def broken(img):
     return 1 / 0
 
 
-def test_a_worker_leaves_signals_to_the_trainer(root):
-    """A terminal or a cluster sends them to every process; the batch in work must still arrive."""
-    data = MiniPlacesLoader(root, transforms=interrupted)
+@pytest.mark.parametrize("unblock", [False, True])
+def test_a_worker_leaves_signals_to_the_trainer(root, unblock):
+    """A terminal or a cluster sends them to every process; the batch in work must still arrive.
+
+    Libraries unblock SIGTERM: Python's own does where it starts its resource tracker.
+    """
+    data = MiniPlacesLoader(root, transforms=partial(interrupted, unblock=unblock))
     images, _ = collect(training_batches(data, 4, 1, workers=1))
     assert len(images) == 24
 
 
-def interrupted(img):
+def interrupted(img, unblock):
+    if unblock and hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
     return torch.zeros(1)

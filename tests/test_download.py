@@ -614,6 +614,12 @@ def test_a_disk_too_small_to_unpack_keeps_the_archive(small_disk, archive):
     assert not (small_disk / "images").exists()
 
 
+def test_a_disk_that_is_read_only_is_one_line(site, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    code, said = download(small_disk, site)
+    assert code == 1 and said.startswith("download_dataset.sh: Read-only file system: ")
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
 def test_a_folder_that_cannot_be_written(site, tmp_path):
     tmp_path.chmod(0o500)

@@ -14,7 +14,9 @@ from torch import nn
 
 import student_code
 from custom_blocks import MLP, DropPath, PatchEmbed, drop_path, trunc_normal_
+from engine import Place
 from student_code import SimpleNet, SimpleViT
+from utils import UserError
 
 CODE = Path(student_code.__file__).parent
 
@@ -204,6 +206,35 @@ def test_mlp_takes_its_arguments_by_position_and_by_name():
 def test_trunc_normal_stays_within_its_bounds():
     weights = trunc_normal_(torch.empty(10000), std=2.0, a=-1.0, b=1.0)
     assert weights.abs().max() <= 1
+
+
+class MixesFormats(torch.autograd.Function):
+    """A student's product, which does not think of autocast."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.T @ g
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 7))
+
+    def forward(self, x):
+        return MixesFormats.apply(x.mean((2, 3)), self.weight)
+
+
+def test_a_backward_pass_without_formats_of_16_bits_is_refused_in_one_line():
+    assert Place(torch.device("cpu")).network(Student()).weight.grad is None
+    with pytest.raises(UserError, match=r"^--amp: the network's own backward .*: leave it out$"):
+        Place(torch.device("cpu"), torch.bfloat16).network(Student())
 
 
 def test_transforms_are_the_contracts_sequences():

@@ -1,6 +1,8 @@
 """Schedule, meter and image files."""
 
 import math
+import ntpath
+import os
 
 import cv2
 import numpy as np
@@ -13,6 +15,7 @@ from utils import (
     AverageMeter,
     LinearWarmupCosineAnnealingLR,
     UserError,
+    from_here,
     load_image,
     resize_image,
     save_image,
@@ -113,3 +116,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 def test_resize_takes_width_before_height():
     assert resize_image(np.zeros((4, 6, 3), np.uint8), (12, 2)).shape == (2, 12, 3)
+
+
+def test_a_place_on_another_drive_is_named_in_full(monkeypatch):
+    assert from_here(os.path.abspath("logs")) == "logs"
+    monkeypatch.setattr(os.path, "relpath", ntpath.relpath)  # as it is on Windows
+    assert from_here("logs") == "logs"
+    assert from_here("D:\\logs\\run") == "D:\\logs\\run"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +22,7 @@ from reporting.document import Figure, Section, Table, Text
 from reporting.inspection import Answers, Validation, count_flops, count_parameters
 from reporting.records import Run
 from saliency import grad_cam, saliency
-from utils import UserError
+from utils import UserError, from_here
 
 NOT_TOLD = "–"
 CONFUSED_PAIRS, EXAMPLES = 3, 5
@@ -190,7 +189,7 @@ def study(run: Run, data: Path | None, workers: int) -> Study:
     if folder is None:
         raise UserError("the run recorded no data folder: name it with --data")
     network = run.network
-    validation = Validation(Path(os.path.relpath(folder)), workers)
+    validation = Validation(Path(from_here(folder)), workers)
     validation.dataset.leave_out(checkpoint.left_out(run.config) or [])
     return Study(run, validation, validation.ask(network, run.label))
 

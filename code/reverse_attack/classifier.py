@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import logbook
 import networks
 import resnets
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError
+from utils import UserError, from_here
 
 UNUSED = "sub_block1."  # a block that the public checkpoint holds and its network never runs
 
@@ -112,7 +111,7 @@ def from_args(args: Namespace, num_classes: int, device: torch.device) -> Traine
     path = find(args.weights, args.dataset, args.arch)
     trained = load(path, args.arch, num_classes, args.bf16)
     trained.model.to(device)
-    print(f"Classifier: {os.path.relpath(path)}", flush=True)
+    print(f"Classifier: {from_here(path)}", flush=True)
     return trained
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 
 import torch
@@ -20,6 +19,7 @@ from engine import Clock, Place, Scores, Tally
 from geometry import Pixels
 from logbook import Console, Logbook, new_run
 from options import choose_device, write_config
+from utils import from_here
 
 LEVELS = Pixels("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 JUDGED = 500  # held-out images that PGD-10 attacks after each epoch
@@ -41,7 +41,7 @@ def train_classifier(args: Namespace) -> None:
     judge = PGD(epsilon=args.epsilon, steps=10, early_stop=True, pixels=LEVELS)
 
     folder = new_run(classifier.kind(args.task, args.dataset, args.arch))
-    print(f"Run: {os.path.relpath(folder)}")
+    print(f"Run: {from_here(folder)}")
     best = float("-inf")
     write_config(folder, args, place.device)
     with Logbook(folder) as book:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from classifier import Classifier
 from contrastive import SIMILARITIES, ContrastiveLoss
 from reversal import BUDGETS, Reversal, pixels_of
 from robustness import wilson
-from utils import UserError
+from utils import UserError, from_here
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 ITERATIONS = (0, 5, 10, 15)
@@ -246,7 +245,7 @@ def figures(args: Namespace) -> None:
     folder = logbook.run_of(trained.path) or logbook.new_run("figures")
     with logbook.Logbook(folder) as book:
         draw(subject, args.only, args.results, book)
-    there, events = map(os.path.relpath, (args.results, folder))
+    there, events = map(from_here, (args.results, folder))
     print(f"Pictures: {there}; tensorboard --logdir={events}")
 
 

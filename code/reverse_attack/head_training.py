@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from classifier import Classifier
 from contrastive import Head, chance, info_nce
 from logbook import Logbook, new_run
 from options import choose_device, write_config
+from utils import from_here
 from views import views
 
 JUDGED_BATCH = 512  # held-out images that are each other's negatives, whatever --batchsize
@@ -125,7 +125,7 @@ def train_head(args: Namespace) -> None:
 
     at_chance, best = chance(candidates(held_out)), float("inf")
     folder = new_run(classifier.kind("SSL", args.dataset, trained.arch))
-    print(f"Run: {os.path.relpath(folder)}")
+    print(f"Run: {from_here(folder)}")
     write_config(folder, args, device)
     with Logbook(folder) as book:
         passes = fit(features, args.loss, args.epochs, args.batchsize, args.lr, args.optim, seed)

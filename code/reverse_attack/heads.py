@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import checkpoint
 import classifier
 from classifier import Trained
 from contrastive import SIMILARITIES, ContrastiveLoss, Head
-from utils import UserError
+from utils import UserError, from_here
 
 
 @dataclass
@@ -58,7 +57,7 @@ def from_args(args: Namespace, trained: Trained) -> TrainedHead:
     fits = isinstance(bank, Tensor) and bank.shape[1:] == (features,)
     if not fits or content.get("loss") not in SIMILARITIES:
         raise UserError(f"{path} is no self-supervised head of this project")
-    print(f"Head: {os.path.relpath(path)}", flush=True)
+    print(f"Head: {from_here(path)}", flush=True)
     return TrainedHead(head.eval(), bank, content)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from checkpoint import write_atomically
 from intervals import Paired
 from protocol import BPDA, Cost, Result, Table
 from robustness import wilson
+from utils import from_here
 
 LEVEL = 0.05  # of significance
 
@@ -105,7 +105,7 @@ def write(stem: Path, about: dict, plain: Table, controls: Table, adaptive: Tabl
     content["verdict"] = in_words(content)
     write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=2) + "\n").encode())
     write_atomically(stem.with_suffix(".md"), markdown(content).encode())
-    print(f"{content['verdict']}\nWritten: {os.path.relpath(stem)}.json, .md")
+    print(f"{content['verdict']}\nWritten: {from_here(stem)}.json, .md")
 
 
 def markdown(content: dict) -> str:
