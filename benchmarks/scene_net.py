@@ -171,8 +171,9 @@ def planned(args: argparse.Namespace, rows: list[dict]) -> Iterator[Run]:
         cost = {r["name"]: r["cpu_seconds"] for r in rows if r.items() >= like}
         for name in OTHERS:
             if {name, HALF} <= cost.keys():
-                epochs = round(args.epochs * cost[HALF] / cost[name])
-                yield run("equal time", name, max(1, epochs))
+                epochs = max(1, round(args.epochs * cost[HALF] / cost[name]))
+                if epochs != args.epochs:  # else its run at equal epochs is that in equal time, too
+                    yield run("equal time", name, epochs)
 
 
 def prepare(data: Path, images: int) -> tuple[Path, Path]:
