@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tensorboard.plugins.hparams.summary_v2 import Metric
@@ -21,7 +22,12 @@ import distributed
 from checkpoint import write_atomically
 from engine import Clock, Scores
 from event_file import EventFile
-from utils import UserError
+from utils import UserError, from_here
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may write to one run
+    fcntl = None
 
 LOGS = Path(__file__).resolve().parent.parent / "logs"
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
@@ -91,11 +97,13 @@ class Logbook:
     written after the checkpoint are dropped, since the run writes them again.
 
     Raises:
-        UserError: here or at any record, if the disk is full or the folder not writable.
+        UserError: here or at any record, if the disk is full or the folder not writable; here, if
+            another process writes there.
     """
 
     def __init__(self, folder: Path, step: int = 0, epochs_done: int = 0) -> None:
         self.folder = folder
+        self.claim = claim(folder)
         self.events = EventFile(folder, step or None)
         self.curves: dict[tuple[str, str], EventFile] = {}
         self.metrics = folder / "metrics.jsonl"
@@ -164,6 +172,29 @@ class Logbook:
     def __exit__(self, *_: object) -> None:
         for file in (self.events, *self.curves.values()):
             file.close()
+        if self.claim:
+            self.claim.close()
+
+
+def claim(folder: Path) -> BinaryIO | None:
+    """An open file; no other process can claim the run folder until it is closed.
+
+    The system closes a dead process's. None where there are no locks, or nothing can be written.
+
+    Raises:
+        UserError: another process has claimed it.
+    """
+    with contextlib.suppress(OSError):
+        file = open(folder / ".lock", "wb")  # noqa: SIM115
+        try:
+            if fcntl:  # not flock: processes that load images may outlive a run, and would hold it
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            raise UserError(
+                f"another process writes to {from_here(folder)}: let it end, or stop it"
+            ) from None
+    return None
 
 
 def _folder(tag: str, curve: str) -> str:

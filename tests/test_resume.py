@@ -6,8 +6,10 @@ networks: benchmarks/torture.py takes the real ones and random moments.
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import time
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,6 +186,24 @@ def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
     assert runs.run("--resume=auto") == 0
     assert runs.text().endswith("This run has done 3 epochs: raise --epochs to go on.\n")
     assert before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc whether a process has stopped")
+def test_two_processes_do_not_write_to_one_run(sample_root, tmp_path, whole):
+    """The second is refused as long as the first one lives, even if that does nothing."""
+    runs = Runs(sample_root, tmp_path, VARIANTS["2 workers"])
+    first = runs.start(kill=("book", "epoch", 1, signal.SIGSTOP))
+    status = Path(f"/proc/{first.pid}/stat")
+    while status.read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.05)
+    before = final_state(runs.folders()[0])
+    assert runs.run("--resume=auto") == 1
+    assert re.search(r"^error: another process writes to \S+: let it end", runs.text(), re.M)
+    assert final_state(runs.folders()[0]) == before
+    first.kill()  # its workers go on for some seconds
+    first.join()
+    assert runs.run("--resume=auto") == 0, runs.text()
+    assert final_state(runs.folders()[0]) == whole("2 workers")
 
 
 def test_resume_auto_starts_afresh_where_there_is_nothing(sample_root, tmp_path):
