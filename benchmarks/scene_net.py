@@ -4,7 +4,7 @@
     python benchmarks/scene_net.py DATA --table            # the tables of what has been run
 
 Each run is main.py's, on a part of DATA's training images; 100 more of each category are held out
-and judged together with the validation images. Finished runs are kept in results/scene_net.json,
+and judged together with the validation images (miniplaces100 has none to spare: --held-out 0). Finished runs are kept in results/scene_net.json,
 and only the others are made; results/scene_net.{md,png} tell what they are worth.
 """
 
@@ -45,7 +45,6 @@ from student_code import SimpleNet, get_val_transforms  # noqa: E402
 RECORD = ROOT / "results" / "scene_net.json"
 WORK = ROOT / "logs" / "scene_net_benchmark"
 OTHERS = ("SimpleNet", "SimpleNet with BatchNorm", "ResNet-18")
-HELD_OUT = 100  # training images of each category that are judged and never trained on
 SHARED = ["--gpu=-1", "-j=0", "--amp=bf16", "--cache=ram", "-b=32", "--lr=0.05", "--warmup=1"]
 SHARED += ["--print-freq=1000"]
 
@@ -176,17 +175,20 @@ def planned(args: argparse.Namespace, rows: list[dict]) -> Iterator[Run]:
                     yield run("equal time", name, epochs)
 
 
-def prepare(data: Path, images: int) -> tuple[Path, Path]:
-    """Folders in the MiniPlaces layout: one to train on, one whose val.txt is to be judged."""
+def prepare(data: Path, images: int, held_out: int) -> tuple[Path, Path]:
+    """Folders in the MiniPlaces layout: one to train on, one whose val.txt is to be judged.
+
+    `held_out` training images of each category are judged, too, and never trained on.
+    """
     of_category: dict[str, list[str]] = {}
     for line in (data / "train.txt").read_text().splitlines():
         of_category.setdefault(line.split()[-1], []).append(line)
-    held_out = [line for lines in of_category.values() for line in lines[:HELD_OUT]]
-    trained = [line for lines in of_category.values() for line in lines[HELD_OUT:][:images]]
+    judged = [line for lines in of_category.values() for line in lines[:held_out]]
+    trained = [line for lines in of_category.values() for line in lines[held_out:][:images]]
     val = (data / "val.txt").read_text().splitlines()
     seen = val[:: max(1, len(val) // 100)]  # by main.py after each epoch
     folders = []
-    for name, val_list in (("train", seen), ("judge", val + held_out)):
+    for name, val_list in (("train", seen), ("judge", val + judged)):
         folder = WORK / f"{data.name}_{images}" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text("\n".join([*trained, ""]))
@@ -263,6 +265,7 @@ def command() -> None:
     parser = argparse.ArgumentParser(description="Compare SceneNet, and take it apart.")
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
     parser.add_argument("--images", type=int, default=150, help="of each category, to train on")
+    parser.add_argument("--held-out", type=int, default=100, help="of each, judged as well")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks and ingredients")
@@ -270,7 +273,7 @@ def command() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    folders = prepare(args.data, args.images)
+    folders = prepare(args.data, args.images, args.held_out)
     for run in planned(args, rows) if not args.table else ():
         known = any(row.items() >= asdict(run).items() for row in rows)
         if not known and (not args.only or run.name in args.only):
