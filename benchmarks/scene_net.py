@@ -4,8 +4,9 @@
     python benchmarks/scene_net.py DATA --table            # the tables of what has been run
 
 Each run is main.py's, on a part of DATA's training images; 100 more of each category are held out
-and judged together with the validation images (miniplaces100 has none to spare: --held-out 0). Finished runs are kept in results/scene_net.json,
-and only the others are made; results/scene_net.{md,png} tell what they are worth.
+and judged together with the validation images (miniplaces100 has none to spare: --held-out 0).
+Finished runs are kept in results/scene_net.json, and only the others are made;
+results/scene_net.{md,png} tell what they are worth.
 """
 
 from __future__ import annotations
@@ -183,12 +184,12 @@ def prepare(data: Path, images: int, held_out: int) -> tuple[Path, Path]:
     of_category: dict[str, list[str]] = {}
     for line in (data / "train.txt").read_text().splitlines():
         of_category.setdefault(line.split()[-1], []).append(line)
-    judged = [line for lines in of_category.values() for line in lines[:held_out]]
+    spared = [line for lines in of_category.values() for line in lines[:held_out]]
     trained = [line for lines in of_category.values() for line in lines[held_out:][:images]]
     val = (data / "val.txt").read_text().splitlines()
     seen = val[:: max(1, len(val) // 100)]  # by main.py after each epoch
     folders = []
-    for name, val_list in (("train", seen), ("judge", val + judged)):
+    for name, val_list in (("train", seen), ("judge", val + spared)):
         folder = WORK / f"{data.name}_{images}" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text("\n".join([*trained, ""]))
