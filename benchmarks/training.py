@@ -72,9 +72,9 @@ def table(rows: list[dict]) -> str:
     lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
     names = ["top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "robust_top1"]
     names += ["images_per_second"]
-    for row in rows:
+    for i, row in enumerate(rows, 1):
         numbers = (f"{row[n]:.1f}" if row.get(n) is not None else "" for n in names)
-        lines.append(f"| {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
+        lines.append(f"| {i}. {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
@@ -85,9 +85,9 @@ def main() -> None:
     known |= {run.name: summary(run) for run in parser.parse_args().runs}
     rows = sorted(known.values(), key=lambda row: row["started"])
     made = [
-        f"- {r['kind']}: `{r['command']}`, commit {r['commit']}, {r['device']}, "
+        f"{i}. {r['kind']}: `{r['command']}`, commit {r['commit']}, {r['device']}, "
         f"torch {r['torch']}, {r['started']}"
-        for r in rows
+        for i, r in enumerate(rows, 1)
     ]
     what = (
         "Accuracies in per cent; robust: under PGD-10 after the last epoch of adversarial training."
