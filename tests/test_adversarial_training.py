@@ -14,12 +14,12 @@ from small_network import make_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import adversarial_training
 import checkpoint
 import engine
 import logbook
 import main
 import networks
+import trainer
 from adversarial_training import (
     STEPS,
     AdversarialTraining,
@@ -264,7 +264,7 @@ def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_
         weights.append({k: v.clone() for k, v in model.state_dict().items()})
         return next(figures)
 
-    monkeypatch.setattr(adversarial_training, "robust_accuracy", measured)
+    monkeypatch.setattr(trainer, "robust_accuracy", measured)
     out, last, folder = run("--epochs=4", "--lr=0.02", "--best-by=robust", weights_file)
     assert len(re.findall("^Robust accuracy", out, re.M)) == 4
     assert "robust accuracy fell from 40.0; the weights of epoch 3 are restored" in out
@@ -285,11 +285,11 @@ def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_
 
 def test_a_collapsed_network_is_never_the_best():
     """Its clean accuracy is often the highest of all, and its weights are gone."""
-    trainer = Trainer.__new__(Trainer)
-    trainer.args, trainer.progress = Namespace(best_by="clean"), checkpoint.Progress()
-    assert trainer._is_best(50.0, 30.0)
-    assert not trainer._is_best(60.0, 3.0, collapsed=True)
-    assert trainer.progress.best_acc1 == 50.0 and trainer._is_best(55.0, 31.0)
+    run = Trainer.__new__(Trainer)
+    run.args, run.progress = Namespace(best_by="clean"), checkpoint.Progress()
+    assert run._is_best(50.0, 30.0)
+    assert not run._is_best(60.0, 3.0, collapsed=True)
+    assert run.progress.best_acc1 == 50.0 and run._is_best(55.0, 31.0)
 
 
 def test_weights_begin_a_run_and_stay_what_they_were_at_a_rate_of_0(run, weights_file):
