@@ -14,12 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import datetime
 import functools
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, write  # noqa: E402
+from results_file import circumstances, processor  # noqa: E402
 
 from student_code import CustomConv2d, SimpleNet  # noqa: E402
 
@@ -269,25 +267,6 @@ def measure(device: torch.device, batch: int, args: argparse.Namespace) -> dict:
     return result
 
 
-def circumstances(device: torch.device) -> dict:
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    cuda = device.type == "cuda"
-    return {
-        "command": "python benchmarks/conv.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [s for s in info.read_text().splitlines() if "model name" in s] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure our convolution beside torch's.")
     parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 = CPU")
@@ -300,9 +279,10 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     batch = args.batch or (64 if device.type == "cpu" else 256)
-    result = circumstances(device) | measure(device, batch, args)
-    name = "conv_benchmark" if device.type == "cpu" else "conv_benchmark_cuda"
-    write(result, ROOT / "results" / name)
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else processor()
+    result = circumstances(name) | measure(device, batch, args)
+    write(result, ROOT / "results" / f"conv_benchmark{'_cuda' * cuda}")
 
 
 if __name__ == "__main__":

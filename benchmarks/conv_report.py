@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import matplotlib
+from results_file import told
 
 TORCH, TORCH_LAST, UNFOLD = "nn.Conv2d", "nn.Conv2d, channels-last", "unfold"
 OURS_NCHW, OURS = "ours, NCHW", "ours, channels-last"
@@ -48,12 +49,10 @@ def summary(result: dict) -> list[tuple[str, str, str]]:
 
 
 def markdown(result: dict) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     lines = [
         "# Our convolution beside torch's",
         "",
-        f"`{result['command'].strip()}`, commit {result['commit']}, {result['date']}, "
-        f"{result['device']}; {versions}. Medians of interleaved rounds.",
+        f"{told(result)} Medians of interleaved rounds.",
         "",
         "| | goal | reached |",
         "|---|---:|---:|",

@@ -11,13 +11,10 @@ time, so that other work on the machine counts little. Writes results/input_benc
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +23,7 @@ import cv2
 import matplotlib
 import numpy as np
 import torch
+from results_file import circumstances, processor, told
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,37 +187,11 @@ def summary(speeds: dict[str, list[float]]) -> list[dict]:
 # ---------------------------------------------------------------------------------------------
 
 
-def circumstances(args: argparse.Namespace) -> dict:
-    describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    command = f"python benchmarks/input.py {args.data.name} --images {args.images}"
-    return {
-        "command": f"{command} --rounds {args.rounds}",
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "device": f"{processor()}, one thread",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "opencv": cv2.__version__,
-            "numpy": np.__version__,
-        },
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [s for s in info.read_text().splitlines() if "model name" in s] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
-
-
 def table(result: dict) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     lines = [
         "# Input: from JPEG to collated batches, one core",
         "",
-        f"`{result['command']}`, commit {result['commit']}, {result['date']}, {result['device']}; "
-        f"{versions}. Medians of interleaved rounds; the ratio is taken within each round.",
+        f"{told(result)} Medians of interleaved rounds; the ratio is taken within each round.",
         "",
         "| split | way | images / CPU second | µs / image | ratio |",
         "|---|---|---:|---:|---:|",
@@ -255,7 +227,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result = circumstances(args)
+    versions = {"opencv": cv2.__version__, "numpy": np.__version__}
+    result = circumstances(f"{processor()}, one thread", **versions)
     for split in ("train", "val"):
         result[split] = summary(measure(loaders(args.data, split, args.images), args.rounds))
     target = ROOT / "results" / "input_benchmark"

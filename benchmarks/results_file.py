@@ -28,14 +28,46 @@ def write_section(name: str, title: str, text: str) -> None:
     path.write_text(new.rstrip() + "\n", encoding="utf-8")
 
 
+def command() -> str:
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
+    return shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *words])
+
+
+def commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return found or "unknown"
+
+
 def provenance() -> str:
     """Command, commit, machine, date and versions of this run, as one line of Markdown."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
-    command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *words])
     return (
-        f"`{command}`, commit {commit or 'unknown'}, {torch.get_num_threads()} threads of "
+        f"`{command()}`, commit {commit()}, {torch.get_num_threads()} threads of "
         f"{platform.system()} {platform.machine()} (CPU), Python {platform.python_version()}, "
         f"torch {torch.__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
     )
+
+
+def circumstances(device: str, **versions: str) -> dict:
+    """The same for a file of JSON; `versions` are those of more libraries."""
+    known = {"python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "command": command(),
+        "commit": commit(),
+        "date": f"{datetime.now():%Y-%m-%d}",
+        "device": device,
+        "versions": known | versions,
+    }
+
+
+def told(result: dict) -> str:
+    """`circumstances` as one line of Markdown."""
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    made = f"`{result['command']}`, commit {result['commit']}, {result['date']}, "
+    return f"{made}{result['device']}; {versions}."
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [s for s in info.read_text().splitlines() if "model name" in s] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
