@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+import cpu_memory
 from utils import UserError
 
 VALIDATION_BATCH = 100
@@ -134,8 +135,12 @@ class Batches(DataLoader):
             **options,
         )
         self.develop = getattr(dataset, "develop", lambda images: images)
+        self.forks = workers > 0
 
     def __iter__(self) -> Iterator:
+        if self.forks:
+            cpu_memory.give_back_freed()
+            self.forks = False  # the workers stay
         try:
             for batch in super().__iter__():
                 if isinstance(batch, UserError):

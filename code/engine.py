@@ -16,6 +16,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+import cpu_memory
 import distributed
 from adversarial_training import Objective, ordinary
 from utils import AverageMeter, UserError
@@ -40,6 +41,8 @@ class Place:
     def __post_init__(self) -> None:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32; convolutions have it by default
+        if self.device.type == "cpu":
+            cpu_memory.keep_freed()
 
     def network(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """`model` itself, moved here; its parameters, their names and its logits stay float32."""

@@ -1,0 +1,78 @@
+"""Freed memory is used again by the next step, and given back before workers are forked."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cpu_memory
+
+CODE = Path(cpu_memory.__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc's memory is looked after"
+)
+
+COMMON = """
+import resource
+import torch
+
+BYTES = 2**26
+
+def touch():
+    for _ in range(10):  # a small block may come to lie where a large one was freed
+        torch.empty(BYTES, dtype=torch.uint8).fill_(1)
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+"""
+
+
+def run(script):
+    words = [sys.executable, "-c", COMMON + script]
+    return subprocess.run(words, cwd=CODE, capture_output=True, text=True, check=True).stdout
+
+
+def share_of_new_pages(before):
+    """Among those that are written to, where as much has been freed."""
+    return float(
+        run(f"""
+{before}
+touch()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+print(faults * resource.getpagesize() / (10 * BYTES))
+""")
+    )
+
+
+def test_a_place_on_the_cpu_uses_freed_memory_again():
+    assert share_of_new_pages("from engine import Place; Place(torch.device('cpu'))") < 0.01
+    assert share_of_new_pages("") > 0.5  # or there is nothing that needs looking after
+
+
+FORK = """
+import cpu_memory
+from batches import Batches
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, index): return torch.zeros(1), index
+
+cpu_memory.keep_freed()
+batches = Batches(Numbers(), [[(0, 0)], [(0, 1)]], 0, workers={workers})
+for _ in range(2):
+    touch()
+    kept = resident()
+    assert len(list(batches)) == 2
+    print(kept - resident() > 0.9 * BYTES)
+"""
+
+
+@pytest.mark.parametrize(("workers", "given_back"), [(1, ["True", "False"]), (0, ["False"] * 2)])
+def test_only_a_loader_about_to_fork_gives_freed_memory_back(workers, given_back):
+    assert run(FORK.format(workers=workers)).split() == given_back
