@@ -3,9 +3,10 @@
     python benchmarks/input.py data/sample
     python benchmarks/input.py DATA --images 1000 --rounds 9
 
-One process, one thread, from JPEG through torch's DataLoader to collated batches. The ways take
-turns within each round; what is reported is the median of the rounds, in images per second of CPU
-time, so that other work on the machine counts little. Writes results/input_benchmark.{json,md,png}.
+One thread, from JPEG through torch's DataLoader to collated batches. The ways take turns within
+each round, each in a process of its own; what is reported is the median of the rounds, in images
+per second of CPU time, so that other work on the machine counts little. Writes
+results/input_benchmark.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import random
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -24,13 +25,14 @@ import matplotlib
 import numpy as np
 import torch
 from results_file import circumstances, processor, told
+from side_by_side import Work, cpu_seconds
 from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 import image_cache  # noqa: E402
-from batches import training_batches  # noqa: E402
+from batches import Batches, training_batches  # noqa: E402
 from custom_affine import inscribed_size  # noqa: E402
 from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import (  # noqa: E402
@@ -46,6 +48,7 @@ from custom_transforms import (  # noqa: E402
     Scale,
     ToTensor,
 )
+from engine import Place  # noqa: E402
 
 BATCH = 100
 TENSOR = [ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)]
@@ -151,20 +154,25 @@ def loaders(data: Path, split: str, images: int) -> dict[str, DataLoader]:
     }
 
 
-def images_per_second(loader: DataLoader) -> float:
-    start = time.process_time()
-    count = sum(len(labels) for _, labels in loader)
-    return count / (time.process_time() - start)
+def turn(loader: DataLoader, trains: bool) -> Work:
+    """A pass over all batches; in a process that trains, memory is treated as the trainer does."""
+    if trains:
+        Place(torch.device("cpu"))
+
+    def work() -> None:
+        for _ in loader:
+            pass
+
+    return work
 
 
 def measure(ways: dict[str, DataLoader], rounds: int) -> dict[str, list[float]]:
-    for loader in ways.values():
-        images_per_second(loader)  # warm: files in the page cache, libraries loaded
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, loader in ways.items():
-            speeds[name].append(images_per_second(loader))
-    return speeds
+    """Images per second of CPU time, of each way in each round."""
+    turns = {n: partial(turn, loader, isinstance(loader, Batches)) for n, loader in ways.items()}
+    return {
+        name: [len(ways[name]) * BATCH / seconds for seconds in values]
+        for name, values in cpu_seconds(turns, rounds).items()
+    }
 
 
 def summary(speeds: dict[str, list[float]]) -> list[dict]:

@@ -11,9 +11,9 @@ the driver lays it out. Same number of steps, on noise. Writes results/pgd_bench
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from side_by_side import Ways, measure, options, write  # noqa: E402
+from side_by_side import Ways, Work, measure, options, write  # noqa: E402
 from train_step import NETWORKS, as_in_the_course  # noqa: E402
 
 from attacks import PGD  # noqa: E402
@@ -30,10 +30,10 @@ from engine import Place  # noqa: E402
 from student_code import PGDAttack  # noqa: E402
 
 EPSILON, STEP_SIZE = 0.1, 0.01
-CPU = Place(torch.device("cpu"))
+Perturb = Callable[[nn.Module, Tensor], Tensor]
 
 
-def course_attack(model: nn.Module, x: Tensor, steps: int) -> Callable[[], None]:
+def course_attack(model: nn.Module, x: Tensor, steps: int) -> Work:
     criterion = nn.CrossEntropyLoss()
 
     def work() -> None:
@@ -49,18 +49,23 @@ def course_attack(model: nn.Module, x: Tensor, steps: int) -> Callable[[], None]
     return work
 
 
+def our_attack(model: nn.Module, x: Tensor, perturb: Perturb) -> Work:
+    place = Place(torch.device("cpu"))
+    place.network(model)
+    laid_out = place.images(x)
+    return lambda: perturb(model, laid_out)
+
+
 def ways(name: str, args: argparse.Namespace) -> Ways:
     torch.manual_seed(0)
     model = NETWORKS[name](num_classes=100).eval()
-    theirs, ours = as_in_the_course(copy.deepcopy(model)), CPU.network(model)
-    x = torch.randn(args.batch_size, 3, 128, 128)
-    laid_out, y = CPU.images(x), torch.zeros(args.batch_size, dtype=torch.long)
+    x, y = torch.randn(args.batch_size, 3, 128, 128), torch.zeros(args.batch_size).long()
     part3 = PGDAttack(nn.CrossEntropyLoss(), args.attack_steps, STEP_SIZE, EPSILON)
     general = PGD(epsilon=EPSILON, steps=args.attack_steps)
     return {
-        "course's way": course_attack(theirs, x, args.attack_steps),
-        "ours, Part III": lambda: part3.perturb(ours, laid_out),
-        "ours, attacks.PGD": lambda: general.perturb(ours, laid_out, y),
+        "course's way": lambda: course_attack(as_in_the_course(model), x, args.attack_steps),
+        "ours, Part III": lambda: our_attack(model, x, part3.perturb),
+        "ours, attacks.PGD": lambda: our_attack(model, x, partial(general.perturb, y=y)),
     }
 
 

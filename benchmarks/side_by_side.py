@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from results_file import ROOT, provenance
 
-Ways = dict[str, Callable[[], None]]
+Work = Callable[[], None]
+Ways = dict[str, Callable[[], Work]]  # what prepares the work of each way, in its own process
 
 
 def options(description: str, batch_size: int) -> argparse.ArgumentParser:
@@ -35,15 +38,31 @@ def measure(subjects: Iterable[str], ways: Callable[[str], Ways], rounds: int, i
 def cpu_seconds(ways: Ways, rounds: int) -> dict[str, list[float]]:
     """What each way takes in each round, after one round that is not counted.
 
-    CPU time of this process, so that other work on the machine counts little.
+    Each has a process of its own, since how one treats memory would change the next. CPU time of
+    that process, so that other work on the machine counts little.
     """
+    connections = {name: _start(prepare) for name, prepare in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
-        for name, work in ways.items():
-            start = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - start)
+        for name, connection in connections.items():
+            connection.send("go")
+            seconds[name].append(connection.recv())
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def _start(prepare: Callable[[], Work]) -> Connection:
+    ours, theirs = multiprocessing.Pipe()
+    fork = multiprocessing.get_context("fork")
+    fork.Process(target=_take_turns, args=(prepare, theirs), daemon=True).start()
+    return ours
+
+
+def _take_turns(prepare: Callable[[], Work], connection: Connection) -> None:
+    work = prepare()
+    while connection.recv():
+        start = time.process_time()
+        work()
+        connection.send(time.process_time() - start)
 
 
 def summary(subject: str, seconds: dict[str, list[float]], images: int) -> list[dict]:

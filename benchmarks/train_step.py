@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 from input import COURSE, OURS, CourseImages, StepByStep  # noqa: E402
-from side_by_side import Ways, measure, options, write  # noqa: E402
+from side_by_side import Ways, Work, measure, options, write  # noqa: E402
 
 import engine  # noqa: E402
 from batches import training_batches  # noqa: E402
@@ -34,7 +33,6 @@ from engine import Clock, Place, Tally  # noqa: E402
 from student_code import Attention, default_cnn_model, default_vit_model  # noqa: E402
 from utils import AverageMeter, LinearWarmupCosineAnnealingLR  # noqa: E402
 
-CPU = Place(torch.device("cpu"))
 NETWORKS = {"SimpleNet": default_cnn_model, "SimpleViT": default_vit_model}
 
 
@@ -61,7 +59,7 @@ def optimizer_and_schedule(model: nn.Module) -> tuple:
     return optimizer, LinearWarmupCosineAnnealingLR(optimizer, 100, 10_000)
 
 
-def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Callable[[], None]:
+def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Work:
     optimizer, scheduler = optimizer_and_schedule(as_in_the_course(model))
     criterion, losses, top1, top5 = nn.CrossEntropyLoss(), *(AverageMeter() for _ in range(3))
 
@@ -82,14 +80,15 @@ def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Callable[[]
     return work
 
 
-def our_loop(model: nn.Module, loader: DataLoader, steps: int, clock: Clock) -> Callable[[], None]:
-    optimizer, scheduler = optimizer_and_schedule(CPU.network(model))
-    tally = Tally(CPU.device)
+def our_loop(model: nn.Module, loader: DataLoader, steps: int, clock: Clock) -> Work:
+    place = Place(torch.device("cpu"))
+    optimizer, scheduler = optimizer_and_schedule(place.network(model))
+    tally = Tally(place.device)
 
     def work() -> None:
         batches = islice(loader, steps)
         for _ in engine.train_epoch(
-            model, batches, nn.CrossEntropyLoss(), optimizer, scheduler, CPU, tally, clock, 2024
+            model, batches, nn.CrossEntropyLoss(), optimizer, scheduler, place, tally, clock, 2024
         ):
             pass
 
@@ -106,8 +105,8 @@ def ways(name: str, args: argparse.Namespace) -> Ways:
     course = DataLoader(course_set, args.batch_size, shuffle=True, drop_last=True)
     fused = training_batches(data(Compose(OURS["train"]), MiniPlacesLoader), args.batch_size, 1, 0)
     return {
-        "course's loop": course_loop(theirs, course, args.steps),
-        "ours": our_loop(ours, fused, args.steps, Clock()),
+        "course's loop": lambda: course_loop(theirs, course, args.steps),
+        "ours": lambda: our_loop(ours, fused, args.steps, Clock()),
     }
 
 
