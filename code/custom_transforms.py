@@ -3,7 +3,7 @@
 Every random class draws from Python's `random` in its `sample` method and nowhere else, so a seed
 fixes the picture. Run one after the other, the classes below resample an image three times and pass
 over it nine. `Compose` knows the two sequences the course uses; for these it draws the same random
-numbers in the same order, but maps the image once (one affine warp, one table per channel). Any
+numbers in the same order, but resamples the image once and passes over it little more. Any
 other sequence, a subclass or a reordered list included, runs step by step.
 """
 
@@ -24,8 +24,6 @@ from utils import resize_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-LEVELS = np.tile(np.arange(256, dtype=np.float32), (3, 1))  # every grey level, per channel
 
 
 class Scale:
@@ -153,8 +151,8 @@ class RandomColor:
         return [random.uniform(1 - r, 1 + r) for _ in range(3)]
 
     def __call__(self, img: np.ndarray) -> np.ndarray:
-        table = _gain_table(self.sample())  # (3, 256)
-        return cv2.LUT(img, np.ascontiguousarray(table.T)[None])
+        planes = zip(cv2.split(img), self.sample(), strict=True)
+        return cv2.merge([cv2.convertScaleAbs(plane, alpha=gain) for plane, gain in planes])
 
     def __repr__(self) -> str:
         return f"RandomColor({self.color_range})"
@@ -292,24 +290,30 @@ def _train(img, out, scale, flip, color, rotate, crop, _, normalize) -> None:
         img = scale(img)
     size = img.shape[1], img.shape[0]
     warp, gains = sample_warp(size, scale, flip, color, rotate, crop)
-    # OpenCV warps four channels in two thirds of the time it takes for three
+    # OpenCV warps four channels in a third of the time it takes for three
     rgba = cv2.cvtColor(img, cv2.COLOR_RGB2RGBA, dst=_scratch("rgba", *img.shape[:2], 4))
-    warped = warp_image(rgba, warp, crop.size, _scratch("warped", *out.shape[1:], 4))
-    _normalized(warped, _gain_table(gains), normalize, out)
+    planes = _planes(warp_image(rgba, warp, crop.size, _scratch("warped", *out.shape[1:], 4)))
+    for plane, gain in zip(planes, gains, strict=True):
+        cv2.convertScaleAbs(plane, plane, gain)
+    _normalized(planes, normalize, out)
 
 
 def _val(img, out, scale, crop, _, normalize) -> None:
-    _normalized(crop(scale(img)), LEVELS, normalize, out)
+    _normalized(_planes(crop(scale(img))), normalize, out)
 
 
-def _normalized(img: np.ndarray, levels: np.ndarray, normalize: Normalize, out: np.ndarray) -> None:
-    """Normalise `levels` (3, 256), what the grey levels turn into; look every pixel up in it."""
-    scale, shift = _scale_shift(normalize.mean, normalize.std)
-    table = levels * scale - shift  # (3, 256)
+def _planes(img: np.ndarray) -> np.ndarray:
+    """The first three channels of (H, W, C), one after the other: (3, H, W)."""
     # OpenCV is twice as fast at splitting into planes that are there
-    planes = cv2.split(img, list(_scratch("planes", img.shape[2], *img.shape[:2])))
-    for plane, levels_of, channel in zip(planes[:3], table, out, strict=True):
-        cv2.LUT(plane, levels_of, dst=channel)
+    planes = _scratch("planes", img.shape[2], *img.shape[:2])
+    cv2.split(img, list(planes))
+    return planes[:3]
+
+
+def _normalized(planes: np.ndarray, normalize: Normalize, out: np.ndarray) -> None:
+    scale, shift = _scale_shift(normalize.mean, normalize.std)
+    np.multiply(planes, scale, out=out)
+    out -= shift
 
 
 def _scratch(use: str, *shape: int) -> np.ndarray:
@@ -319,15 +323,15 @@ def _scratch(use: str, *shape: int) -> np.ndarray:
 
 @lru_cache(maxsize=32)
 def _memory(use: str, shape: tuple[int, ...], thread: int) -> np.ndarray:
-    return np.empty(shape, np.uint8)
+    # torch's memory starts at a multiple of 64; OpenCV splits into any other ten times as slowly
+    return torch.empty(shape, dtype=torch.uint8).numpy()
 
 
 @lru_cache(maxsize=8)
 def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(x / 255 - mean) / std as x * scale - shift, two float32 columns (3, 1)."""
-    return np.float32([[1 / (255 * s)] for s in std]), np.float32(
-        [[m / s] for m, s in zip(mean, std, strict=True)]
-    )
+    """(x / 255 - mean) / std as x * scale - shift, float32 (3, 1, 1) both."""
+    scale, shift = [1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)]
+    return np.float32(scale)[:, None, None], np.float32(shift)[:, None, None]
 
 
 AUGMENTATION = (Scale, RandomHorizontalFlip, RandomColor, RandomRotate, RandomSizedCrop)
@@ -335,11 +339,6 @@ FUSED = {
     (*AUGMENTATION, ToTensor, Normalize): _train,
     (Scale, CenterCrop, ToTensor, Normalize): _val,
 }
-
-
-def _gain_table(gains: Sequence[float]) -> np.ndarray:
-    """What each grey level becomes under each channel's gain: (3, 256) uint8, rounded, clipped."""
-    return np.minimum(LEVELS * np.float32(gains)[:, None] + 0.5, 255).astype(np.uint8)
 
 
 def _positive(size: int) -> int:

@@ -131,7 +131,7 @@ class RamImages:
         self.images = images  # (N, H, W, 3) in memory that workers share
 
     def read(self, index: int) -> np.ndarray:
-        return self.images[index].numpy().copy()  # a transform may write into it
+        return self.images.numpy()[index].copy()  # a transform may write into it
 
 
 # ---------------------------------------------------------------------------------------------

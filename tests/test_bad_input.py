@@ -166,15 +166,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is the system's own")
 def test_decompression_bombs_are_refused_before_they_take_the_memory(tmp_path):
-    pixels, part = tmp_path / "many pixels", tmp_path / "long part"
+    pixels, part, claim = (tmp_path / name for name in ("many pixels", "long part", "claim"))
     pixels.write_bytes(png_of_zeros(16_384))
     part.write_bytes(png_of_zeros(9).replace(b"\0\0\0\x0dIHDR", b"\x7f\xff\xff\xffIHDR"))
-    words = [sys.executable, "-c", MEMORY, str(pixels), str(part)]
+    jpeg = encode(RGB, ".jpg")
+    size = jpeg.index(b"\xff\xc0") + 5
+    claim.write_bytes(jpeg[:size] + b"\x40\0\x40\0" + jpeg[size + 4 :])  # 16,384 squared
+    words = [sys.executable, "-c", MEMORY, str(pixels), str(part), str(claim)]
     done = subprocess.run(words, cwd=CODE, capture_output=True, text=True, check=True)
     *lines, megabytes = done.stdout.splitlines()
     assert lines == [
         f"cannot read the image {pixels}: it has over {MAX_PIXELS:,} pixels",
         f"cannot read the image {part}: it is damaged or not an image",
+        f"cannot read the image {claim}: it has over {MAX_PIXELS:,} pixels",
     ]
     assert int(megabytes) < 50 and done.stderr == ""
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import utils
 from utils import (
     AverageMeter,
     LinearWarmupCosineAnnealingLR,
@@ -96,6 +97,38 @@ def test_grey_alpha_and_16_bit_files_come_as_8_bit_rgb(tmp_path, shape, dtype):
     cv2.imwrite(str(tmp_path / "x.png"), np.full(shape, level, dtype))
     image = load_image(tmp_path / "x.png")
     assert image.shape == (6, 4, 3) and image.dtype == np.uint8 and (image == 200).all()
+
+
+def loaded_without(library, name, path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, name, None)
+        return load_image(path)
+
+
+JPEG_OPTIONS = {
+    "4:4:4": [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x111111],
+    "4:2:2": [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x211111],
+    "4:2:0": [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x221111],
+    "4:1:1": [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x411111],
+    "progressive": [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+    "restarts": [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
+    "grey": [],
+}
+
+
+@pytest.mark.parametrize("kind", JPEG_OPTIONS)
+def test_both_libraries_read_the_same_pixels_from_a_jpeg(tmp_path, kind):
+    """Whether simplejpeg is installed must not change a figure."""
+    if utils.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    noise = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+    path = tmp_path / "x.jpg"
+    for image in (noise, cv2.GaussianBlur(noise, (7, 7), 0)):
+        for quality in (30, 75, 100):
+            options = [*JPEG_OPTIONS[kind], cv2.IMWRITE_JPEG_QUALITY, quality]
+            cv2.imwrite(str(path), image[..., 0] if kind == "grey" else image, options)
+            by_opencv = loaded_without(utils, "simplejpeg", path)
+            assert np.array_equal(loaded_without(cv2, "imdecode", path), by_opencv), quality
 
 
 @pytest.mark.parametrize("content", [None, b"", b"<html>quota exceeded</html>", b"\xff\xd8\xff"])
