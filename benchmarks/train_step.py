@@ -4,7 +4,7 @@
     python benchmarks/train_step.py DATA --batch-size 32 --steps 2 --rounds 7
 
 The course's: its transforms one by one (benchmarks/input.py), images as they come, attention
-written out, `.item()` at every step. Ours: the fused input path, channels_last, the engine. Both
+written out, `.item()` at every step. Ours: the fused input path, channels_last, the engine. All
 load in the process that trains. Writes results/train_step_benchmark.{json,md}.
 """
 
@@ -80,8 +80,14 @@ def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Work:
     return work
 
 
-def our_loop(model: nn.Module, loader: DataLoader, steps: int, clock: Clock) -> Work:
-    place = Place(torch.device("cpu"))
+def our_loop(
+    model: nn.Module,
+    loader: DataLoader,
+    steps: int,
+    clock: Clock,
+    amp: torch.dtype | None = None,
+) -> Work:
+    place = Place(torch.device("cpu"), amp)
     optimizer, scheduler = optimizer_and_schedule(place.network(model))
     tally = Tally(place.device)
 
@@ -107,6 +113,7 @@ def ways(name: str, args: argparse.Namespace) -> Ways:
     return {
         "course's loop": lambda: course_loop(theirs, course, args.steps),
         "ours": lambda: our_loop(ours, fused, args.steps, Clock()),
+        "ours, --amp=bf16": lambda: our_loop(ours, fused, args.steps, Clock(), torch.bfloat16),
     }
 
 
