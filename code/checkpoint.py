@@ -46,6 +46,7 @@ class Progress:
     best_acc1: float = float("-inf")
     best_robust: float = float("-inf")
     tally: list[float] = field(default_factory=list)  # sums over the epoch under way
+    seconds: float = 0.0  # spent on it
     order: dict = field(default_factory=dict)  # what the order of its batches follows from
 
 
@@ -271,12 +272,14 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
         if not isinstance(middle, dict):
             raise TypeError
         position, tally = int(middle["position"]), [float(v) for v in middle["tally"]]
+        seconds = float(middle.get("seconds", 0))
         changed = [name for name in order if middle["order"].get(name) != order[name]]
         if (
             progress.epoch < 0
             or position < 0
             or len(tally) not in (0, 5)
             or math.isnan(best + robust)
+            or not 0 <= seconds < math.inf
         ):
             raise ValueError
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, OverflowError):
@@ -286,7 +289,7 @@ def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
             f"the file was saved in mid-epoch with other {' and '.join(changed)}: "
             f"epoch {progress.epoch + 1} starts over"
         )
-    progress.position, progress.tally = position, tally
+    progress.position, progress.tally, progress.seconds = position, tally, seconds
     return progress, None
 
 

@@ -28,6 +28,7 @@ from save_point import SavePoint
 from utils import UserError, from_here
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names
+IN_EPOCH = ("position", "tally", "seconds", "order")  # what a checkpoint says of an epoch under way
 HELD_OUT = 200  # validation images that the robust accuracy of each epoch is measured on
 
 
@@ -118,7 +119,7 @@ class Trainer:
         Returns the mean seconds of a step; `progress` holds the rest.
         """
         progress, first = self.progress, self.progress.position
-        self.began = time.perf_counter()
+        self.began = time.perf_counter() - progress.seconds
         tally, clock = Tally(self.place.device), Clock()
         if progress.tally:
             tally.restore(progress.tally)
@@ -163,6 +164,7 @@ class Trainer:
         if bad := checkpoint.not_finite(self._content()):
             raise self._diverged(f"{bad} is no longer finite", self.progress.position - 1)
         self.progress.tally = tally.state()
+        self.progress.seconds = time.perf_counter() - self.began
 
     def _finish_epoch(self, seconds: float) -> bool:
         """Validate, record, save. In this order a kill in between only repeats the rest.
@@ -178,13 +180,14 @@ class Trainer:
         train = Scores.of(*progress.tally[:4])
         robust = self._measure_robustness() if self.adversary else {}
         progress.epoch, progress.position, progress.tally = progress.epoch + 1, 0, []
+        progress.seconds = 0.0
         self.book.epoch(
             progress.epoch,
             train,
             val,
             learning_rate=self.scheduler.get_last_lr()[0],
             images_per_second=self.args.batch_size / seconds if seconds else None,
-            seconds=time.perf_counter() - self.began,  # of an epoch cut in two, the second part's
+            seconds=time.perf_counter() - self.began,
             peak_memory_bytes=self.place.peak_memory(),
             **robust,
         )
@@ -268,7 +271,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": {k: getattr(progress, k) for k in ("position", "tally", "order")},
+            "progress": {k: getattr(progress, k) for k in IN_EPOCH},
             "watchdog": self.watchdog.state() if self.adversary else None,
         }
 

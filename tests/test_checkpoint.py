@@ -400,6 +400,7 @@ def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
         {"progress": {**MIDDLE, "tally": [1.0]}},
         {"progress": {**MIDDLE, "order": None}},
         {"progress": {**MIDDLE, "position": -1}},
+        {"progress": {**MIDDLE, "seconds": float("nan")}},
     ],
     ids=str,
 )

@@ -4,6 +4,7 @@ Each run is main.py in a process of its own, forked from a server that has it im
 networks: benchmarks/torture.py takes the real ones and random moments.
 """
 
+import json
 import multiprocessing
 import os
 import re
@@ -159,11 +160,17 @@ def test_a_request_to_stop_ends_the_validation(sample_root, tmp_path, whole):
     """At once, on machines that are taken away 30 seconds later; validation is then repeated."""
     runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
     assert runs.run(kill=("engine", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
-    last = runs.folders()[0] / "models" / checkpoint.LAST
-    assert checkpoint.load(last)["progress"]["position"] == 2
+    (folder,) = runs.folders()
+    last = folder / "models" / checkpoint.LAST
+    content = checkpoint.load(last)
+    assert content["progress"]["position"] == 2
     assert f"--resume={os.path.relpath(last, CODE)}" in runs.text()
+    content["progress"]["seconds"] += 1000
+    torch.save(content, last)
     assert runs.run(f"--resume={last}") == 0, runs.text()
-    assert final_state(runs.folders()[0]) == whole("no worker")
+    assert final_state(folder) == whole("no worker")
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").open())
+    assert [row["seconds"] > 1000 for row in rows][:3] == [False, True, False]
 
 
 def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
