@@ -239,7 +239,7 @@ custom_conv2d = CustomConv2DFunction.apply
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under torch.autocast: cast to its dtype, float64 excepted, as native operations do."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

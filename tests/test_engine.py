@@ -8,7 +8,11 @@ import torch.nn.functional as F
 from small_network import make_network
 from torch import nn
 
+import arguments
 import engine
+import networks
+import recipe
+from adversarial_training import STEPS
 from attacks import PGD
 from engine import Clock, Place, Tally
 from geometry import Pixels
@@ -139,6 +143,36 @@ def test_numbers_of_16_bits_train_weights_of_32(amp):
         if p.ndim > 1:
             assert F.cosine_similarity(moved.flatten(), moved16.flatten(), dim=0) > 0.99
             assert moved16.norm().item() == pytest.approx(moved.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("at", [[], *([f"--at={mode}"] for mode in STEPS)], ids=str)
+@pytest.mark.parametrize("kind", networks.BUILDERS)
+def test_no_step_waits_for_the_device(kind, at):
+    """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
+    place = Place(torch.device("meta"))
+    model = place.network(networks.build(kind, 10))
+    args = arguments.parse([".", *at, "--warmup=1"])
+    recipe.follow(args, kind)
+    adversary = recipe.make_adversary(args, total_steps=4)
+    optimizer = recipe.make_optimizer(args, kind, model, place)
+    scheduler = recipe.make_schedule(args, optimizer, 4, 0)
+    batches = [(torch.randn(2, 3, 128, 128), torch.tensor([3, 5]))] * 4
+    steps = engine.train_epoch(
+        model,
+        batches,
+        nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
+        optimizer,
+        scheduler,
+        place,
+        Tally(place.device),
+        Clock(),
+        seed=1,
+        clip_grad=args.clip_grad,
+        objective=recipe.make_objective(args, adversary, 10),
+    )
+    assert len(list(steps)) == 4
+    tallies = Tally(place.device), Tally(place.device)
+    assert len(list(engine.evaluate(model, batches, place, tallies[0], Clock(), tallies[1]))) == 4
 
 
 def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():

@@ -228,6 +228,14 @@ def test_the_held_out_batch_comes_from_the_device_too(root):
     assert (grey_levels(plain[0]) - grey_levels(cached[0])).abs().max() < 1.01
 
 
+def test_developing_images_does_not_wait_for_the_device():
+    """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
+    images = torch.empty(5, 8, 9, 3, dtype=torch.uint8, device="meta")
+    plan = image_cache.Plan(get_train_transforms(), images.shape[1:])
+    x = image_cache.DeviceImages(images, plan).develop(torch.stack([plan(i) for i in range(4)]))
+    assert x.device.type == "meta" and x.shape == (4, 3, 128, 128)
+
+
 def test_the_device_spoils_nothing_and_repeats_itself(root):
     dataset = kept(root, "device", transforms=get_train_transforms())
     random.seed(1)
