@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from batches import obey_the_trainer
 from custom_dataloader import MAX_CLASSES, MiniPlacesLoader
+from progress_bar import progress_bar
 from utils import UserError, load_image
 
 SHOWN = 20  # problems told one by one
@@ -82,8 +82,7 @@ def inspected(dataset: MiniPlacesLoader, workers: int) -> Iterator[tuple[str, st
         collate_fn=list,
         worker_init_fn=obey_the_trainer,
     )
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=len(dataset), desc=dataset.split, leave=False, disable=hidden) as bar:
+    with progress_bar(len(dataset), dataset.split) as bar:
         for batch in loader:
             bar.update(len(batch))
             yield from batch

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from batches import validation_batches
 from custom_affine import Affine, compose
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import AUGMENTATION, FUSED, Compose, sample_warp
+from progress_bar import progress_bar
 from utils import UserError
 
 try:
@@ -72,9 +72,7 @@ def fill(images: Tensor, dataset: MiniPlacesLoader, workers: int) -> Tensor:
 
 def decoded(dataset: MiniPlacesLoader, shape: tuple, workers: int) -> Iterator[Tensor]:
     """All images in order, in batches (n, H, W, 3), uint8."""
-    hidden = not sys.stderr.isatty()
-    name = f"decoding {dataset.split}"
-    with tqdm(total=len(dataset), desc=name, leave=False, disable=hidden) as bar:
+    with progress_bar(len(dataset), f"decoding {dataset.split}") as bar:
         for images, _ in validation_batches(Decoded(dataset, shape), workers):
             yield images
             bar.update(len(images))

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
@@ -16,12 +15,12 @@ from typing import BinaryIO
 import torch
 from tensorboard.plugins.hparams.summary_v2 import Metric
 from torch import Tensor
-from tqdm import tqdm
 
 import distributed
 from checkpoint import write_atomically
 from engine import Clock, Scores
 from event_file import EventFile
+from progress_bar import print_above, progress_bar
 from utils import UserError, from_here
 
 try:
@@ -248,8 +247,7 @@ class Console:
 
     def __init__(self, total: int, print_freq: int, start: int = 0) -> None:
         self.total, self.print_freq = total, print_freq
-        hidden = not (sys.stderr.isatty() and distributed.leads())
-        self.bar = tqdm(total=total, initial=start, leave=False, disable=hidden)
+        self.bar = progress_bar(total, start=start, hidden=not distributed.leads())
 
     def step(self, i: int) -> bool:
         """Move the bar to batch i; true when this batch's line is to be printed."""
@@ -277,8 +275,7 @@ class Console:
         )
 
     def _print(self, *columns: str) -> None:
-        tqdm.write("\t".join(columns), file=sys.stdout)
-        sys.stdout.flush()
+        print_above("\t".join(columns))
 
     def __enter__(self) -> Console:
         return self

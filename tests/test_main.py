@@ -321,3 +321,29 @@ def test_an_unreadable_image_stops_the_run_by_name(tree, sample_root, tmp_path):
 def test_missing_data_is_one_line(tree, tmp_path):
     err = run(tree, tmp_path / "nowhere", "--epochs=1", *CPU, code=1)
     assert "nowhere" in err and len(err.strip().splitlines()) == 1
+
+
+BARE = """
+import sys
+for name in ("tqdm", "simplejpeg", "matplotlib", "jinja2", "fpdf", "gdown"):
+    sys.modules[name] = None  # to import it fails
+"""
+
+
+def test_torch_opencv_and_tensorboard_are_enough_for_a_speedrun(sample_root, tmp_path):
+    """As on a GPU machine that the internet cannot be reached from."""
+    root = tmp_path / "tree"
+    for part in ("code", "benchmarks"):
+        shutil.copytree(CODE.parent / part, root / part)
+    (root / "results").mkdir()
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    bare = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "main.py", sample_root, "--epochs=1", "--cache=device", *CPU]
+    done = subprocess.run(words, cwd=root / "code", env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder,) = runs(root)
+    words = [sys.executable, "../benchmarks/speedrun_row.py", "name", folder]
+    done = subprocess.run(words, cwd=root / "code", env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((root / "results/speedrun.json").read_text())
+    assert row["name"] == "name" and row["epochs"] == 1 and row["seconds"] > 0
