@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The canonical runs on one GPU, from a bare machine with torch, torchvision, OpenCV and TensorBoard:
+# The canonical runs on one GPU, in bfloat16 (--amp=off: not), from a bare machine with torch,
+# torchvision, OpenCV and TensorBoard:
 #
 #     benchmarks/speedrun.sh DATA [flags for every run]
 #
@@ -23,7 +24,7 @@ run() {  # name, its flags..., the flags for every run
         resume=("--resume=$folder/models/checkpoint.pth.tar")
     fi
     echo "== $name"
-    "$python" main.py "$data" --cache=device --print-freq=100 "$@" \
+    "$python" main.py "$data" --cache=device --amp=bf16 --print-freq=100 "$@" \
         ${resume[@]+"${resume[@]}"} 2>&1 | tee -i -a "$output"  # -i: Ctrl-C is for main.py
     folder=$(sed -n 's/^Logs and checkpoints: //p' "$output" | tail -n 1)
     "$python" ../benchmarks/speedrun_row.py "$name" "$folder"

@@ -27,14 +27,18 @@ def timed(name: str, run: Path) -> dict:
     return {"name": name, **times, **summary(run)}
 
 
+def whole(number: float | None) -> str:
+    """Empty for what never was: the goal, or a step in an epoch that was stopped at its end."""
+    return "" if number is None else f"{number:.0f}"
+
+
 def table(rows: list[dict]) -> str:
     lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 3) + "---|"]
     for row in rows:
-        to_goal = "" if row["seconds_to_40"] is None else f"{row['seconds_to_40']:.0f}"
         lines.append(
             f"| {row['name']} | {row['epochs']} | {row['top1']:.1f} | {row['best_top1']:.1f} | "
-            f"{to_goal} | {row['epoch_seconds']:.1f} | {row['seconds']:.0f} | "
-            f"{row['images_per_second']:.0f} | {row['device']} |"
+            f"{whole(row['seconds_to_40'])} | {row['epoch_seconds']:.1f} | "
+            f"{row['seconds']:.0f} | {whole(row['images_per_second'])} | {row['device']} |"
         )
     made = [f"- {r['name']}: `{r['command']}`, commit {r['commit']}, {r['started']}" for r in rows]
     return "\n".join(["# Speedrun", "", *lines, "", *made, ""])

@@ -229,6 +229,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: dict) -> str | Non
         return "the file's optimizer state is another optimizer's: momentum starts at zero"
     own = optimizer.state_dict()
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+    for parameter, memory in optimizer.state.items():
+        for name, value in memory.items():
+            if value is not None and value.shape == parameter.shape:
+                # in its layout: the fused steps of GPUs refuse another
+                memory[name] = torch.empty_like(parameter).copy_(value)
     return None
 
 

@@ -72,6 +72,11 @@ class Place:
     def labels(self, y: Tensor) -> Tensor:
         return y.to(self.device, non_blocking=True)
 
+    def name(self) -> str:
+        """Of the GPU, by its maker; else the kind of device."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if on_gpu else str(self.device)
+
     def peak_memory(self) -> int | None:
         """The most bytes this process has held on a GPU, or in all; None where nothing tells."""
         if self.device.type == "cuda":
@@ -87,6 +92,8 @@ def obstacle(model: nn.Module, x: Tensor) -> str | None:
     trial = copy.deepcopy(model).eval()
     try:
         trial(x.requires_grad_(True)).sum().backward()
+    except torch.OutOfMemoryError:  # of no layout's making
+        raise
     except RuntimeError as e:
         return str(e).splitlines()[0]
     return None

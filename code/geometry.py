@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Pixels:
                 "pass Pixels(unit, mean, std) for this input"
             )
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        return torch.tensor(values, dtype=x.dtype, device=x.device).view(shape)
+        return _on_device(tuple(values), x.dtype, x.device).view(shape)
 
     def scale(self, x: Tensor) -> Tensor:
         """How many units of epsilon one unit of the model's input is, per channel."""
@@ -52,6 +53,13 @@ class Pixels:
         mean, std = self.per_channel(self.mean, x), self.per_channel(self.std, x)
         lo, hi = (0 - mean) / std - x, (1 - mean) / std - x
         return lo.clamp(max=0) * self.scale(x), hi.clamp(min=0) * self.scale(x)
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A copy to a GPU waits until all that was asked of it before is done: one is enough."""
+    with torch.inference_mode(False):  # else a training step could not use it
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

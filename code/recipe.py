@@ -48,9 +48,21 @@ def make_optimizer(
     if kind == "vit":
         return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=fused)
     parameters = decayed_and_not(model) if kind == "scene_net" else model.parameters()
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters, args.lr, momentum=args.momentum, weight_decay=args.wd, fused=fused
     )
+    if fused and args.momentum:
+        # torch takes memory as it comes, and leaves it so if float16 overflows in the first step
+        for p in model.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum and moments start at zero again."""
+    for memory in optimizer.state.values():
+        for value in filter(torch.is_tensor, memory.values()):
+            value.zero_()
 
 
 def decayed_and_not(model: nn.Module) -> list[dict]:

@@ -37,16 +37,20 @@ class SavePoint:
 
     def stopped(self) -> bool:
         """Whether the run was asked to stop; `stopped_by` then tells by which signal."""
-        if number := distributed.most(self.request):
-            self.stopped_by = signal.Signals(number)
-        return self.stopped_by is not None
+        return self._agree(late=False)
 
     def due(self) -> bool:
         """Count one step; true when a checkpoint is due or a stop was asked for."""
         self.steps += 1
         passed = time.monotonic() - self.since if self.seconds else self.steps
-        late = distributed.most(int(passed >= self.every))
-        return self.stopped() or bool(late)
+        return self._agree(late=passed >= self.every)
+
+    def _agree(self, late: bool) -> bool:
+        """Whether any process was asked to stop, or is late; asked of all at once."""
+        number, late = divmod(distributed.most(2 * self.request + late), 2)
+        if number:
+            self.stopped_by = signal.Signals(number)
+        return self.stopped_by is not None or bool(late)
 
     def saved(self) -> None:
         self.steps, self.since = 0, time.monotonic()

@@ -101,7 +101,7 @@ class Trainer:
             self.book.config(
                 {
                     "kind": self.kind,
-                    "device": str(self.place.device),
+                    "device": self.place.name(),
                     "arguments": vars(args),
                     "left_out": self.left_out,
                     "launch": distributed.launch(),
@@ -232,7 +232,7 @@ class Trainer:
         collapsed = epsilon > 0 and self.watchdog.collapsed(self.network, robust, epoch)
         if collapsed:
             self.model.load_state_dict(self.network.state_dict())
-            self.optimizer.state.clear()  # it remembers the way into the collapse
+            recipe.forget(self.optimizer)  # it remembers the way into the collapse
             print(
                 f"Catastrophic overfitting: robust accuracy fell from {self.watchdog.best:.1f}; "
                 f"the weights of epoch {self.watchdog.epoch} are restored. If it comes again, "

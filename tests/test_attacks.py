@@ -235,6 +235,17 @@ def test_units_and_channels_are_checked():
         PGD().perturb(lambda x: x.flatten(1), torch.zeros(2, 1, 4, 4))
 
 
+def test_statistics_go_to_the_device_once_and_serve_evaluation_and_training():
+    pixels, x = Pixels("pixel", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), torch.zeros(2, 3, 4, 4)
+    with torch.inference_mode():
+        first = pixels.scale(x)
+    assert pixels.scale(x).data_ptr() == first.data_ptr()
+    weight = torch.ones(1, 3, 1, 1, requires_grad=True)
+    (weight * pixels.scale(x)).sum().backward()
+    assert weight.grad.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert pixels.scale(x.double()).dtype == torch.float64
+
+
 # Losses
 
 

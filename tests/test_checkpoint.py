@@ -439,6 +439,19 @@ def test_a_watchdog_that_makes_no_sense_is_refused(change):
             checkpoint.load_watchdog(Watchdog(10.0), network(), {"watchdog": bad})
 
 
+def test_restored_momentum_takes_the_layout_of_its_parameter():
+    """The course's is in another; the fused steps of a GPU refuse to mix them."""
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    momentum = torch.randn(4, 3, 3, 3), torch.randn(4)
+    state = {i: {"momentum_buffer": value} for i, value in enumerate(momentum)}
+    saved = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    assert checkpoint.load_optimizer(optimizer, {"optimizer": saved}) is None
+    for parameter, value in zip(model.parameters(), momentum, strict=True):
+        restored = optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(restored, value) and restored.stride() == parameter.stride()
+
+
 @pytest.mark.parametrize(
     "state",
     [

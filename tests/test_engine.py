@@ -1,6 +1,7 @@
 """One epoch, one evaluation, one attack: against plain loops written out."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,30 @@ def test_no_step_waits_for_the_device(kind, at):
     assert len(list(engine.evaluate(model, batches, place, tallies[0], Clock(), tallies[1]))) == 4
 
 
+def test_a_first_step_that_overflows_leaves_no_trace():
+    """In float16 on a GPU; the CPU has the same fused step."""
+    weights = []
+    for losses in ([float("inf"), 1.0, 1.0], [1.0, 1.0]):
+        model = nn.Linear(500, 300, bias=False)
+        nn.init.constant_(model.weight, 0.5)
+        args = arguments.parse([".", "--lr=0.1"])
+        recipe.follow(args, "torch_conv")
+        place = SimpleNamespace(device=torch.device("cuda"))
+        optimizer, scaler = recipe.make_optimizer(args, "torch_conv", model, place), make_scaler()
+        for loss in losses:
+            optimizer.zero_grad()
+            scaler.scale(loss * model.weight.sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert optimizer.defaults["fused"]
+        weights.append(model.weight)
+    assert torch.equal(*weights) and not (weights[0] == 0.5).any()
+
+
+def make_scaler():
+    return torch.amp.GradScaler("cpu", init_scale=4.0)
+
+
 def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
     whole, halves = make_network(dropout=0.2), make_network(dropout=0.2)
     train(whole, make_batches(), *make_training(whole))
@@ -257,3 +282,12 @@ def test_a_network_that_needs_the_ordinary_layout_gets_it():
     assert other.memory_format == torch.channels_last
     assert net.training and int(net[1].num_batches_tracked) == 0
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_no_memory_is_no_obstacle_in_the_network():
+    class Large(nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.obstacle(Large(), torch.zeros(1))
