@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "code"))
 from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, write  # noqa: E402
 from results_file import circumstances, processor  # noqa: E402
 
+from engine import device_name  # noqa: E402
 from student_code import CustomConv2d, SimpleNet  # noqa: E402
 
 
@@ -280,8 +281,8 @@ def main() -> None:
         torch.cuda.set_device(device)
     batch = args.batch or (64 if device.type == "cpu" else 256)
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else processor()
-    result = circumstances(name) | measure(device, batch, args)
+    result = circumstances(device_name(device) if cuda else processor())
+    result |= measure(device, batch, args)
     write(result, ROOT / "results" / f"conv_benchmark{'_cuda' * cuda}")
 
 

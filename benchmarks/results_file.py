@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +12,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+
+from engine import device_name  # noqa: E402
+from logbook import commit  # noqa: E402
 
 
 def write_section(name: str, title: str, text: str) -> None:
@@ -33,28 +36,13 @@ def command() -> str:
     return shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *words])
 
 
-def commit() -> str:
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return found or "unknown"
-
-
-def provenance() -> str:
-    """Command, commit, machine, date and versions of this run, as one line of Markdown."""
-    return (
-        f"`{command()}`, commit {commit()}, {torch.get_num_threads()} threads of "
-        f"{platform.system()} {platform.machine()} (CPU), Python {platform.python_version()}, "
-        f"torch {torch.__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC."
-    )
-
-
 def circumstances(device: str, **versions: str) -> dict:
-    """The same for a file of JSON; `versions` are those of more libraries."""
+    """Command, commit, date, device and versions of this run; `versions` of more libraries."""
     known = {"python": platform.python_version(), "torch": torch.__version__}
     return {
         "command": command(),
-        "commit": commit(),
-        "date": f"{datetime.now():%Y-%m-%d}",
+        "commit": commit() or "unknown",
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "device": device,
         "versions": known | versions,
     }
@@ -65,6 +53,11 @@ def told(result: dict) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
     made = f"`{result['command']}`, commit {result['commit']}, {result['date']}, "
     return f"{made}{result['device']}; {versions}."
+
+
+def provenance() -> str:
+    """The same of a run on the CPU, at once."""
+    return told(circumstances(device_name(torch.device("cpu"))))
 
 
 def processor() -> str:

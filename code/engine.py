@@ -7,6 +7,7 @@ driver. Sums stay on the device until someone reads them, so that a step never w
 from __future__ import annotations
 
 import copy
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -72,11 +73,6 @@ class Place:
     def labels(self, y: Tensor) -> Tensor:
         return y.to(self.device, non_blocking=True)
 
-    def name(self) -> str:
-        """Of the GPU, by its maker; else the kind of device."""
-        on_gpu = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if on_gpu else str(self.device)
-
     def peak_memory(self) -> int | None:
         """The most bytes this process has held on a GPU, or in all; None where nothing tells."""
         if self.device.type == "cuda":
@@ -85,6 +81,13 @@ class Place:
             return None
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def device_name(device: torch.device) -> str:
+    """For records: the GPU by its maker's name, or the kind of machine and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
 def obstacle(model: nn.Module, x: Tensor) -> str | None:

@@ -101,7 +101,7 @@ class Trainer:
             self.book.config(
                 {
                     "kind": self.kind,
-                    "device": self.place.name(),
+                    "device": engine.device_name(self.place.device),
                     "arguments": vars(args),
                     "left_out": self.left_out,
                     "launch": distributed.launch(),

@@ -337,16 +337,18 @@ def test_torch_opencv_and_tensorboard_are_enough_for_a_speedrun(sample_root, tmp
         shutil.copytree(CODE.parent / part, root / part)
     (root / "results").mkdir()
     (tmp_path / "sitecustomize.py").write_text(BARE)
-    bare = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    words = [sys.executable, "main.py", sample_root, "--epochs=1", "--cache=device", *CPU]
-    done = subprocess.run(words, cwd=root / "code", env=bare, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def run_bare(*words):
+        bare = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        words = [sys.executable, *words]
+        done = subprocess.run(words, cwd=root / "code", env=bare, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run_bare("main.py", sample_root, "--epochs=1", "--cache=device", *CPU)
     (folder,) = runs(root)
     record = folder / "metrics.jsonl"
     row = json.loads(record.read_text())
     record.write_text(json.dumps({**row, "images_per_second": None}))  # stopped as it validated
-    words = [sys.executable, "../benchmarks/speedrun_row.py", "name", folder]
-    done = subprocess.run(words, cwd=root / "code", env=bare, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_bare("../benchmarks/speedrun_row.py", "name", folder)
     (row,) = json.loads((root / "results/speedrun.json").read_text())
     assert row["name"] == "name" and row["epochs"] == 1 and row["seconds"] > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
 import sys
@@ -20,6 +19,7 @@ import resnets
 from arguments import OneLineParser, at_least
 from checkpoint import write_atomically
 from data import DATASETS, download_cifar10
+from engine import device_name
 from utils import UserError
 
 
@@ -82,12 +82,6 @@ def writable(folder: Path) -> Path:
     if not os.access(folder, os.W_OK):
         raise UserError(f"cannot write to {folder}: no permission")
     return folder
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
 def provenance(args: Namespace, device: torch.device) -> dict:
