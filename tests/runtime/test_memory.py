@@ -57,12 +57,7 @@ configure_backend(torch.device('cpu'))
 
 
 def test_training_on_the_cpu_reuses_freed_memory():
-    assert (
-        share_of_new_pages(
-            CONFIGURE
-        )
-        < 0.01
-    )
+    assert share_of_new_pages(CONFIGURE) < 0.01
     assert share_of_new_pages("") > 0.5  # or there is nothing that needs looking after
 
 
