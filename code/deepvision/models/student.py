@@ -5,12 +5,14 @@ The only module that imports student_code, which students replace by their own f
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import numpy as np
 from torch import Tensor, nn
 
 import student_code
+from custom_transforms import IMAGENET_MEAN, IMAGENET_STD, Normalize
 
 
 def default_cnn(num_classes: int, custom_conv: bool = False) -> nn.Module:
