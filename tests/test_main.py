@@ -190,7 +190,11 @@ def test_a_stopped_run_resumes_to_the_very_same_end(tree, trained, sample_root, 
     assert folder != whole
     last = folder / "models/checkpoint.pth.tar"
     if number != signal.SIGKILL:
-        assert re.search(r"^  python main\.py .*--resume=\S*checkpoint\.pth\.tar$", out, re.M)
+        assert re.search(
+            r"^  python main\.py .*--resume=\S*checkpoint\.pth\.tar --gpu=-1 --workers=1$",
+            out,
+            re.M,
+        )
         assert torch.load(last, weights_only=True)["progress"]["position"] > 0
     run(tree, sample_root, *words, f"--resume={last}")
     assert same(weights(folder), weights(whole))

@@ -164,12 +164,12 @@ def test_two_processes_validate_the_mean_that_they_save(sample_root, tmp_path):
 
 
 @pytest.mark.parametrize("look", ["-e", "-a"])
-def test_two_processes_count_the_hits_of_one(sample_root, tmp_path, one, look):
+def test_two_processes_count_the_hits_of_one(sample_root, one, look):
     """On the same checkpoint, mirror-averaged or attacked; one row is written."""
     best = run_folder(one[0]) / "models" / checkpoint.BEST
     found = []
     for processes in (1, 2):
-        run(tmp_path, str(sample_root), look, f"--resume={best}", processes=processes)
+        run(one[0], str(sample_root), look, f"--resume={best}", processes=processes)
         found.append(rows(run_folder(one[0]) / "evaluations.jsonl")[-1])
     assert {k: v for k, v in found[0].items() if k != "date"} == {
         k: v for k, v in found[1].items() if k != "date"
