@@ -97,6 +97,8 @@ class Evaluator:
 
     def _show_saliency(self, x: Tensor, y: Tensor, step: int) -> None:
         self.logger.add_image("Image/Image", student.image_grid(x), step)
+        if (attention := student.attention_grid(self.model, x.clone())) is not None:
+            self.logger.add_image("Image/Image_Atten", attention, step)
         x, y = x[:CAPTIONED].clone(), y[:CAPTIONED].tolist()  # inference tensors have no gradient
         maps, logits = saliency(self.model, x)
         predictions = pictures.format_predictions(logits, self.class_names)

@@ -102,7 +102,10 @@ class Trainer:
         self.resumed, ckpt = resumed, resumed.ckpt if resumed else {}
         self.train_set, self.val_set = datasets
         self.batches, self.val_batches = make_loaders(config, datasets, context.device)
-        self.optimizer = optim.make_optimizer(model, kind, config.lr, config.wd, config.momentum)
+        fused = context.device.type == "cuda"
+        self.optimizer = optim.make_optimizer(
+            model, kind, config.lr, config.wd, config.momentum, fused
+        )
         self.scaler = context.grad_scaler()
         self.progress = Progress(config.start_epoch, data_order=self._data_order())
         if resumed:

@@ -13,23 +13,24 @@ import torch.nn.functional as F
 from torch import nn
 
 import main
-from deepvision import checkpoint, config
+from deepvision import checkpoint
+from deepvision.config import SCENE_NET, parse, resolve_defaults
 from deepvision.models import registry
 from deepvision.models.scene_net import Block, SceneNet
 from deepvision.reporting import records
-from deepvision.runtime import run_logger
+from deepvision.runtime.device import DeviceContext, prepare_model
+from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.training import engine, optim
-from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
+from deepvision.training.objectives import CutMix
 
 CODE = Path(main.__file__).parent
 CPU = DeviceContext(torch.device("cpu"))
 
 
 def parsed(*words: str):
-    """The arguments of a run, its network's recipe followed."""
-    args = config.parse(["data", "--gpu=-1", *words])
-    optim.resolve_defaults(args, args.kind or "torch_conv")
-    return args
+    """The settings of a run with its network's defaults."""
+    config = parse(["data", "--gpu=-1", *words])
+    return resolve_defaults(config, config.network or "torch_conv")
 
 
 def random_norms(net: nn.Module) -> nn.Module:
@@ -176,7 +177,7 @@ def test_attacked_batches_are_not_mixed(capsys):
 
 def test_kernels_and_matrices_alone_decay():
     net = SceneNet(7, width=8, depths=(1, 1))
-    optimizer = optim.make_optimizer(parsed("--lr=1", "--wd=0.5"), "scene_net", net, CPU)
+    optimizer = optim.make_optimizer(net, "scene_net", lr=1, wd=0.5, momentum=0.9)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -192,15 +193,9 @@ def mixed_batch(prob: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     given = []
     x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 24).contiguous()
     torch.manual_seed(seed)
-    objective = optim.cutmix(9, prob)
-    losses = objective(
-        lambda x: given.append(x) or x,
-        lambda logits, target: given.append(target),
-        x.to(memory_format=torch.channels_last),
-        torch.arange(8),
-        0,
-    )
-    list(losses)
+    objective = CutMix(lambda logits, target: given.append(target), 9, prob)
+    x = x.to(memory_format=torch.channels_last)
+    objective(lambda x: given.append(x) or x, x, torch.arange(8))
     return given[0], given[1]
 
 
@@ -225,13 +220,12 @@ def test_the_given_share_of_batches_is_mixed_and_a_seed_repeats_it():
     assert all(map(torch.equal, mixed[7], again))
 
 
-@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
     torch.manual_seed(0)
-    model = DeviceContext(CPU.device, amp).prepare_model(
-        SceneNet(7, width=8, depths=(1, 1), drop_path=0)
-    )
-    average = optim.make_ema(parsed("--ema=0.5"), model, total_steps=8, done=0)
+    narrow = {"width": 8, "depths": (1, 1)}
+    model, _ = prepare_model(SceneNet(7, drop_path=0, **narrow), CPU.device, amp)
+    average = optim.make_ema(model, 0.5, total_steps=8, done=0)
     expected, decay = {}, 1 - 1 / (0.5 * 8)
     for _ in range(4):
         with torch.no_grad():
@@ -244,9 +238,9 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
             expected[name] = mean if value.is_floating_point() else mean.long()
     for name, value in average.module.state_dict().items():
         torch.testing.assert_close(value, expected[name])
-    other = DeviceContext(CPU.device, amp).prepare_model(SceneNet(7, width=8, depths=(1, 1)))
+    other, context = prepare_model(SceneNet(7, **narrow), CPU.device, amp)
     other.load_state_dict(expected)
-    x = CPU.to_device_images(torch.randn(2, 3, 64, 64))
+    x, _ = context.to_device(torch.randn(2, 3, 64, 64), torch.zeros(2))
     logits = average.module.eval()(x)
     torch.testing.assert_close(logits, other.eval()(x), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(logits, model.eval()(x), rtol=0.05)
@@ -254,8 +248,8 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
 
 def test_no_mean_is_kept_where_none_is_asked_for():
     model = nn.Linear(2, 2)
-    assert optim.make_ema(parsed("--use-scene-net", "--ema=0"), model, 10, 0) is None
-    short = optim.make_ema(parsed("--ema=0.05"), model, 10, 0)  # shorter than a step
+    assert optim.make_ema(model, 0, 10, 0) is None
+    short = optim.make_ema(model, 0.05, 10, 0)  # shorter than a step
     for _ in range(2):
         nn.init.normal_(model.weight)
         short.update_parameters(model)
@@ -281,9 +275,9 @@ def call(tmp_path_factory):
 
     def run(*words: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_logger, "LOGS", logs)
-            patch.setattr(registry, "BUILDERS", registry.MODEL_REGISTRY | narrow)
-            return main.main([str(word) for word in words] + ["--gpu=-1", "-j=0", "-p=100"])
+            patch.setattr(registry, "MODEL_REGISTRY", registry.MODEL_REGISTRY | narrow)
+            words = [*map(str, words), "--gpu=-1", "-j=0", "-p=100"]
+            return main.main(words, logs)
 
     run.logs, run.narrow = logs, narrow
     return run
@@ -301,7 +295,7 @@ def test_it_learns_the_drawn_scenes(trained):
     rows = records.read_rows(trained / "metrics.jsonl")
     assert rows[-1]["val_top1_accuracy"] >= 20  # of 200 images; chance: 10, no learning: 14 at most
     config = json.loads((trained / "config.json").read_text())
-    assert config["kind"] == "scene_net" and config["arguments"]["wd"] == optim.SCENE_NET["wd"]
+    assert config["kind"] == "scene_net" and config["arguments"]["wd"] == SCENE_NET["wd"]
 
 
 def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn, capsys):
@@ -310,10 +304,10 @@ def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn,
     assert best["kind"] == "scene_net" and "trained" not in best
     assert not torch.equal(last["state_dict"]["fc.weight"], last["trained"]["fc.weight"])
     assert call(drawn, f"--resume={models / checkpoint.BEST}", "-e") == 0
-    plain = capsys.readouterr().out.split("Each image by itself:\n")[1].splitlines()[0]
+    plain = capsys.readouterr().out.split("Single images:\n")[1].splitlines()[0]
     assert plain.startswith(f"******Acc@1 {best['best_acc1']:.3f}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "BUILDERS", registry.MODEL_REGISTRY | call.narrow)
+        patch.setattr(registry, "MODEL_REGISTRY", registry.MODEL_REGISTRY | call.narrow)
         net = records.read_run(trained, "run").network
     assert torch.equal(net.fc.weight, best["state_dict"]["fc.weight"])
 
@@ -328,7 +322,7 @@ def test_a_resume_without_the_flag_keeps_network_and_recipe(trained, call, drawn
     assert call(drawn, *words) == 0
     config = json.loads((trained / "config.json").read_text())
     assert config["kind"] == "scene_net"
-    assert {k: config["arguments"][k] for k in optim.SCENE_NET} == optim.SCENE_NET
+    assert {k: config["arguments"][k] for k in SCENE_NET} == SCENE_NET
 
 
 def test_adversarial_training_and_half_precision_go_with_it(call, drawn, capsys):
@@ -340,7 +334,7 @@ def test_adversarial_training_and_half_precision_go_with_it(call, drawn, capsys)
 def test_spoilt_weights_under_training_are_one_line(trained, call, drawn, tmp_path, capsys):
     content = checkpoint.load(trained / "models" / checkpoint.LAST)
     for wrong, line in (
-        ("x", "its part 'trained' makes no sense"),
+        ("x", "its part 'trained' is invalid"),
         ({"fc.weight": torch.zeros(2)}, "does not fit the network"),
     ):
         checkpoint.save(tmp_path / "spoilt.pth.tar", {**content, "trained": wrong})

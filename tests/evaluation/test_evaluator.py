@@ -14,7 +14,6 @@ import main
 from deepvision import checkpoint
 from deepvision.attacks import diagnostics
 from deepvision.models import registry
-from deepvision.runtime import run_logger
 
 
 def tiny(n: int) -> nn.Module:
@@ -40,10 +39,9 @@ def look(sample_root, tmp_path_factory):
 
     def call(capsys, *words: str):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_logger, "LOGS", logs)
-            patch.setattr(registry, "BUILDERS", {"torch_conv": tiny})
+            patch.setattr(registry, "MODEL_REGISTRY", {"torch_conv": tiny})
             words = [str(sample_root), f"--resume={best}", "--gpu=-1", "-j=0", *words]
-            assert main.main(words) == 0
+            assert main.main(words, logs) == 0
         return capsys.readouterr().out, folder
 
     return call

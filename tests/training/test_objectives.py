@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from argparse import Namespace
 
 import pytest
 import torch
@@ -19,18 +18,17 @@ from deepvision import checkpoint
 from deepvision.attacks.norms import InputScale
 from deepvision.attacks.pgd import FGSM, PGD
 from deepvision.models import registry
-from deepvision.runtime import run_logger
+from deepvision.runtime.device import DeviceContext
+from deepvision.runtime.meters import EpochMetrics, StepTimer
+from deepvision.runtime.run_dir import latest_run
 from deepvision.training import engine, trainer
-from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
 from deepvision.training.objectives import (
     STEPS,
     AdversarialTraining,
-    CatastrophicOverfittingGuard,
+    Standard,
     divergence,
     robust_accuracy,
-    standard,
 )
-from deepvision.training.trainer import Trainer
 from utils import LinearWarmupCosineAnnealingLR
 
 CPU = DeviceContext(torch.device("cpu"))
@@ -46,14 +44,14 @@ def make_batches(n: int = 3, size: int = 6) -> list[tuple[torch.Tensor, torch.Te
     return list(zip((pixels - mean) / std, torch.randint(7, (n, size), generator=g), strict=True))
 
 
-def train(model: nn.Module, batches: list, first: int = 0, **options) -> EpochMetrics:
+def train(model: nn.Module, batches: list, first: int = 0, objective=None) -> EpochMetrics:
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     scheduler = LinearWarmupCosineAnnealingLR(optimizer, 0, 10**9)
     scheduler.last_epoch = first
     tally = EpochMetrics(CPU.device)
-    criterion = nn.CrossEntropyLoss()
-    parts = (model, batches, criterion, optimizer, scheduler, CPU, tally, StepTimer())
-    list(engine.train_epoch(*parts, seed=5, **options))
+    objective = objective or Standard()
+    parts = (model, batches, objective, optimizer, scheduler, CPU, tally, StepTimer())
+    engine.train_epoch(*parts, seed=5)
     return tally
 
 
@@ -105,7 +103,7 @@ def written_out(mode: str, model: nn.Module, x, y, epsilon: float) -> None:
 @pytest.mark.parametrize("mode", STEPS)
 def test_each_mode_is_its_papers_loop(mode):
     ours, theirs = make_network(), make_network()
-    adversary = AdversarialTraining(mode=mode, epsilon=8, steps=STEPS[mode], pixels=PIXELS)
+    adversary = AdversarialTraining(mode=mode, epsilon=8, steps=STEPS[mode], scale=PIXELS)
     train(ours, make_batches(), objective=adversary)
     theirs.train()
     for step, (x, y) in enumerate(make_batches()):
@@ -117,11 +115,11 @@ def test_each_mode_is_its_papers_loop(mode):
 @pytest.mark.parametrize("mode", STEPS)
 def test_an_epoch_in_two_halves_is_an_epoch_in_one_piece(mode):
     whole, halves = make_network(), make_network()
-    options = {"objective": AdversarialTraining(mode=mode, steps=2, pixels=PIXELS, ramp=(0, 3))}
-    train(whole, make_batches(4), **options)
-    train(halves, make_batches(4)[:2], **options)
+    objective = AdversarialTraining(mode=mode, steps=2, scale=PIXELS, eps_warmup=(0, 3))
+    train(whole, make_batches(4), objective=objective)
+    train(halves, make_batches(4)[:2], objective=objective)
     torch.rand(17)  # whatever happens between the halves
-    train(halves, make_batches(4)[2:], first=2, **options)
+    train(halves, make_batches(4)[2:], first=2, objective=objective)
     for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -130,21 +128,22 @@ def test_an_epoch_in_two_halves_is_an_epoch_in_one_piece(mode):
 def test_attacks_of_no_size_train_as_no_attack_does(mode):
     """An attack that left gradients or BatchNorm statistics behind would change the weights."""
     clean, attacked = make_network(), make_network()
-    adversary = AdversarialTraining(mode=mode, epsilon=1e-9, pixels=PIXELS)
+    adversary = AdversarialTraining(mode=mode, epsilon=1e-9, scale=PIXELS)
     train(clean, make_batches())
     train(attacked, make_batches(), objective=adversary)
     assert_same(clean, attacked)
 
 
-def test_steps_without_an_attack_train_as_ordinary():
+def test_steps_before_the_warmup_are_standard_training():
     clean, attacked = make_network(), make_network()
     train(clean, make_batches())
-    train(attacked, make_batches(), objective=AdversarialTraining(pixels=PIXELS, ramp=(3, 9)))
+    later = AdversarialTraining(scale=PIXELS, eps_warmup=(3, 9))
+    train(attacked, make_batches(), objective=later)
     for a, b in zip(clean.state_dict().values(), attacked.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
+def test_attack_prob_clean_mix_and_eps_warmup():
     model, seen = make_network(), []
     x, y = make_batches(1)[0]
     x = torch.zeros_like(x)  # far from black and white
@@ -152,15 +151,16 @@ def test_the_share_of_attacked_batches_their_blend_and_the_ramp():
 
     def moved(step, **options):
         """By how many of 255 the images that the loss is of were moved."""
-        adversary = AdversarialTraining(epsilon=8, steps=2, pixels=PIXELS, **options)
+        objective = AdversarialTraining(epsilon=8, steps=2, scale=PIXELS, **options)
         torch.manual_seed(step)
-        next(adversary(model, nn.CrossEntropyLoss(), x, y, step))
+        assert objective.begin_batch(step) == 1
+        objective(model, x, y)
         return ((seen[-1] - x) * PIXELS.scale(x)).abs().max().item()
 
-    ramp = [moved(step, ramp=(10, 20)) for step in (0, 9, 10, 14, 19, 99)]
+    ramp = [moved(step, eps_warmup=(10, 20)) for step in (0, 9, 10, 14, 19, 99)]
     assert ramp == pytest.approx([0, 0, 0.8, 4, 8, 8], rel=1e-3)
-    assert moved(5, blend=0.5) == pytest.approx(4, rel=1e-3)
-    assert 0.2 < sum(moved(step, prob=0.3) > 0 for step in range(200)) / 200 < 0.4
+    assert moved(5, clean_mix=0.5) == pytest.approx(4, rel=1e-3)
+    assert 0.2 < sum(moved(step, attack_prob=0.3) > 0 for step in range(200)) / 200 < 0.4
 
 
 @pytest.mark.parametrize("mode, forwards, backwards", [("fgsm-rs", 2, 2), ("free", 2, 2)])
@@ -169,7 +169,7 @@ def test_cheap_modes_cost_two_passes(mode, forwards, backwards):
     model, passes = make_network(), [0, 0]
     model[0].register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     model[-1].register_full_backward_hook(lambda *_: passes.__setitem__(1, passes[1] + 1))
-    adversary = AdversarialTraining(mode=mode, steps=STEPS[mode], pixels=PIXELS)
+    adversary = AdversarialTraining(mode=mode, steps=STEPS[mode], scale=PIXELS)
     train(model, make_batches(1), objective=adversary)
     assert passes == [forwards, backwards]
 
@@ -192,33 +192,14 @@ def test_robust_accuracy_is_what_the_attack_leaves():
     assert all(module.training for module in model.modules())
 
 
-def test_the_watchdog_barks_at_a_collapse_and_restores_the_last_good_weights():
-    model, dog = make_network(), CatastrophicOverfittingGuard(chance=10)
-    looks = []
-    for epoch, robust in enumerate([12, 3, 20, 30, 16, 4, 29], start=1):
-        with torch.no_grad():
-            model[0].weight.fill_(epoch)
-        collapsed = dog.collapsed(model, robust, epoch)
-        looks.append((collapsed, model[0].weight.mean().item()))
-    assert looks == [
-        (False, 1),
-        (False, 2),  # fell from what guessing gives: there was nothing to lose
-        (False, 3),
-        (False, 4),
-        (False, 5),  # more than half of 30
-        (True, 5),
-        (False, 7),
-    ]
-
-
 def test_unknown_modes_are_refused():
     with pytest.raises(ValueError, match="pgd, fgsm-rs, free, trades"):
         AdversarialTraining(mode="fast")
 
 
-def test_the_ordinary_objective_is_the_criterion():
+def test_the_standard_objective_is_the_criterion():
     model, (x, y) = make_network(), make_batches(1)[0]
-    ((logits, loss),) = standard(model, nn.CrossEntropyLoss(), x, y)
+    logits, loss = Standard()(model, x, y)
     assert torch.equal(loss, F.cross_entropy(logits, y))
 
 
@@ -232,13 +213,12 @@ def tiny(n: int) -> nn.Module:
 @pytest.fixture
 def run(sample_root, tmp_path, monkeypatch, capsys):
     """Words of the command line -> (output, content of checkpoint.pth.tar, run folder)."""
-    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(registry, "BUILDERS", {"torch_conv": tiny})
+    monkeypatch.setattr(registry, "MODEL_REGISTRY", {"torch_conv": tiny})
 
     def call(*words: str):
         common = [str(sample_root), "--gpu=-1", "-j=0", "-b=32", "--warmup=1", "--at=fgsm-rs"]
-        assert main.main([*common, *words]) == 0
-        folder = run_logger.latest_run(["torch_conv"])
+        assert main.main([*common, *words], tmp_path / "logs") == 0
+        folder = latest_run(tmp_path / "logs", ["torch_conv"])
         return (
             capsys.readouterr().out,
             checkpoint.load(folder / "models/checkpoint.pth.tar"),
@@ -281,15 +261,6 @@ def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_
     assert (last["watchdog"]["best"], last["watchdog"]["epoch"]) == (40.0, 3)
     memory = last["optimizer"]["state"].values()
     assert memory and not any(m["momentum_buffer"].any() for m in memory)  # into the collapse
-
-
-def test_a_collapsed_network_is_never_the_best():
-    """Its clean accuracy is often the highest of all, and its weights are gone."""
-    run = Trainer.__new__(Trainer)
-    run.args, run.progress = Namespace(best_by="clean"), checkpoint.Progress()
-    assert run._is_best(50.0, 30.0)
-    assert not run._is_best(60.0, 3.0, collapsed=True)
-    assert run.progress.best_acc1 == 50.0 and run._is_best(55.0, 31.0)
 
 
 def test_weights_begin_a_run_and_stay_what_they_were_at_a_rate_of_0(run, weights_file):

@@ -24,7 +24,6 @@ from deepvision import checkpoint
 from deepvision.data.loader import ResumableBatchSampler, training_batches, validation_batches
 from deepvision.models import registry
 from deepvision.models.scene_net import SceneNet
-from deepvision.runtime import run_logger
 from utils import UserError
 
 if not hasattr(os, "fork"):
@@ -67,10 +66,8 @@ def child(words, logs, output, environment):
     os.chdir(CODE)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)
-    run_logger.LOGS = logs
     registry.MODEL_REGISTRY = BUILDERS
-    sys.argv = ["main.py", *words]
-    sys.exit(main.main(words))
+    sys.exit(main.main(words, logs))
 
 
 def free_port() -> int:
@@ -159,7 +156,7 @@ def test_two_processes_validate_the_mean_that_they_save(sample_root, tmp_path):
         processes=1,
     )
     last = rows(folder / "metrics.jsonl")[-1]
-    plain = alone.split("Each image by itself:\n")[1].splitlines()[0]
+    plain = alone.split("Single images:\n")[1].splitlines()[0]
     assert (
         plain
         == f"******Acc@1 {last['val_top1_accuracy']:.3f} Acc@5 {last['val_top5_accuracy']:.3f}"
@@ -167,12 +164,12 @@ def test_two_processes_validate_the_mean_that_they_save(sample_root, tmp_path):
 
 
 @pytest.mark.parametrize("look", ["-e", "-a"])
-def test_two_processes_count_the_hits_of_one(sample_root, tmp_path, one, look):
+def test_two_processes_count_the_hits_of_one(sample_root, one, look):
     """On the same checkpoint, mirror-averaged or attacked; one row is written."""
     best = run_folder(one[0]) / "models" / checkpoint.BEST
     found = []
     for processes in (1, 2):
-        run(tmp_path, str(sample_root), look, f"--resume={best}", processes=processes)
+        run(one[0], str(sample_root), look, f"--resume={best}", processes=processes)
         found.append(rows(run_folder(one[0]) / "evaluations.jsonl")[-1])
     assert {k: v for k, v in found[0].items() if k != "date"} == {
         k: v for k, v in found[1].items() if k != "date"
@@ -210,8 +207,7 @@ MAIN_WITH_A_DEATH = """
 import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))
 from pathlib import Path
 import main
-from deepvision.runtime import distributed, run_logger
-run_logger.LOGS = Path(__file__).parent / 'logs'
+from deepvision.runtime import distributed
 mark, count, sync = Path(__file__).with_name('killed'), iter(range(9)), distributed.sync_buffers
 def die_in_epoch_2(model):
     if os.environ['RANK'] == sys.argv[0][-4] and not mark.exists() and next(count) == 1:
@@ -219,7 +215,7 @@ def die_in_epoch_2(model):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(model)
 distributed.sync_buffers = die_in_epoch_2
-sys.exit(main.main(sys.argv[1:]))
+sys.exit(main.main(sys.argv[1:], Path(__file__).parent / 'logs'))
 """
 
 
@@ -252,7 +248,7 @@ def test_a_killed_process_is_replaced_and_the_run_goes_on(killed, where, sample_
     assert [node.returncode for node in nodes] == [0] * len(nodes), said
     assert (tmp_path / "killed").exists()
     [folder] = (tmp_path / "logs").glob("torch_conv_exp_*")
-    assert said.count("torch_conv, epochs done: 1") == 1
+    assert said.count("SimpleNet, epochs done: 1") == 1
     assert [row["epoch"] for row in rows(folder / "metrics.jsonl")] == [1, 2, 3]
 
 

@@ -1,7 +1,6 @@
 """One epoch, one evaluation, one attack: against plain loops written out."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +8,16 @@ import torch.nn.functional as F
 from small_network import make_network
 from torch import nn
 
-from deepvision import config
 from deepvision.attacks.norms import InputScale
 from deepvision.attacks.pgd import PGD
+from deepvision.config import parse, resolve_defaults
 from deepvision.models import registry
+from deepvision.runtime import device
+from deepvision.runtime.device import DeviceContext, prepare_model
+from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.training import engine, optim
-from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
-from deepvision.training.objectives import STEPS
+from deepvision.training.objectives import STEPS, Standard
+from deepvision.training.trainer import make_objective
 from utils import LinearWarmupCosineAnnealingLR
 
 CPU = DeviceContext(torch.device("cpu"))
@@ -36,25 +38,35 @@ def make_training(model, lr=0.1, warmup=0):
 
 
 def train(model, batches, optimizer, scheduler, **options):
-    tally = EpochMetrics(CPU.device)
-    steps = engine.train_epoch(
-        model,
-        batches,
-        nn.CrossEntropyLoss(),
-        optimizer,
-        scheduler,
-        CPU,
-        tally,
-        StepTimer(),
-        seed=5,
-        **options,
-    )
-    return list(steps), tally
+    """Learning rates of the steps, and the metrics, of an epoch."""
+    metrics, rates = EpochMetrics(CPU.device), []
+    parts = (model, batches, Standard(), optimizer, scheduler, CPU, metrics, StepTimer())
+
+    def after_step(lr):
+        rates.append(lr)
+        return True
+
+    engine.train_epoch(*parts, seed=5, after_step=after_step, **options)
+    return rates, metrics
 
 
 def same_weights(a, b):
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_training_stops_after_the_step_that_says_so():
+    model, rates = make_network(), []
+    parts = (model, make_batches(), Standard(), *make_training(model), CPU)
+    metrics = EpochMetrics(CPU.device)
+    engine.train_epoch(
+        *parts,
+        metrics,
+        StepTimer(),
+        seed=5,
+        after_step=lambda lr: rates.append(lr) or len(rates) < 2,
+    )
+    assert len(rates) == 2 and metrics.sums[3] == 12
 
 
 def test_accuracies_equal_a_sort_of_each_row():
@@ -75,18 +87,18 @@ def test_accuracies_equal_a_sort_of_each_row():
     assert last.acc1 == pytest.approx(100 * ranks.count(0) / 3)
 
 
-def test_a_restored_tally_goes_on_as_if_never_interrupted():
+def test_restored_metrics_continue_as_if_never_interrupted():
     torch.manual_seed(0)
     batches = [(torch.randn(6, 9), torch.randint(9, (6,)), torch.rand(())) for _ in range(4)]
     whole, first, second = (EpochMetrics(CPU.device) for _ in range(3))
     for i, batch in enumerate(batches):
-        whole.add(*batch)
+        whole.update(*batch)
         if i < 2:
-            first.add(*batch)
-    second.restore(first.state())
+            first.update(*batch)
+    second.load_state_dict(first.state_dict())
     for batch in batches[2:]:
-        second.add(*batch)
-    assert second.read() == whole.read()
+        second.update(*batch)
+    assert second.compute() == whole.compute()
 
 
 def test_fewer_than_five_classes_have_a_top_5_of_100():
@@ -123,16 +135,17 @@ def test_training_equals_the_loop_written_out():
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
-def test_numbers_of_16_bits_train_weights_of_32(amp):
+def test_mixed_precision_trains_float32_weights(amp, monkeypatch):
     """Small gradients, too: scaled in float16, where they would all be zero."""
-    place, plain = DeviceContext(CPU.device, amp), make_network(dropout=0.2)
-    halved = place.prepare_model(make_network(dropout=0.2))
-    small = nn.CrossEntropyLoss(weight=torch.full((7,), 1e-6), reduction="sum")
+    plain = make_network(dropout=0.2)
+    monkeypatch.setitem(device.AMP_DTYPES, "bf16", amp)  # fp16 is refused on the CPU
+    halved, place = prepare_model(make_network(dropout=0.2), CPU.device, "bf16")
+    small = Standard(nn.CrossEntropyLoss(weight=torch.full((7,), 1e-6), reduction="sum"))
     for model, where in ((plain, CPU), (halved, place)):
         optimizer = torch.optim.SGD(model.parameters(), 1e5)
         schedule = LinearWarmupCosineAnnealingLR(optimizer, 0, 20)
         tally = EpochMetrics(CPU.device)
-        [_] = engine.train_epoch(
+        engine.train_epoch(
             model, make_batches(1), small, optimizer, schedule, where, tally, StepTimer(), seed=5
         )
     assert halved(make_batches(1)[0][0]).dtype == torch.float32
@@ -149,32 +162,27 @@ def test_numbers_of_16_bits_train_weights_of_32(amp):
 @pytest.mark.parametrize("kind", registry.MODEL_REGISTRY)
 def test_no_step_waits_for_the_device(kind, at):
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
-    place = DeviceContext(torch.device("meta"))
-    model = place.prepare_model(registry.create_model(kind, 10))
-    args = config.parse([".", *at, "--warmup=1"])
-    optim.resolve_defaults(args, kind)
-    adversary = optim.make_adv_training(args, total_steps=4)
-    optimizer = optim.make_optimizer(args, kind, model, place)
-    scheduler = optim.make_scheduler(args, optimizer, 4, 0)
+    model, place = prepare_model(registry.create_model(kind, 10), torch.device("meta"))
+    config = resolve_defaults(parse([".", *at, "--warmup=1", "--epochs=1"]), kind)
+    optimizer = optim.make_optimizer(model, kind, config.lr, config.wd, config.momentum)
+    scheduler = optim.make_scheduler(optimizer, config.lr, config.warmup, 1, steps=4, done=0)
     batches = [(torch.randn(2, 3, 128, 128), torch.tensor([3, 5]))] * 4
-    steps = engine.train_epoch(
+    timer = StepTimer()
+    engine.train_epoch(
         model,
         batches,
-        nn.CrossEntropyLoss(label_smoothing=args.label_smoothing),
+        make_objective(config, 10, total_steps=4),
         optimizer,
         scheduler,
         place,
         EpochMetrics(place.device),
-        StepTimer(),
+        timer,
         seed=1,
-        clip_grad=args.clip_grad,
-        objective=optim.make_objective(args, adversary, 10),
+        clip_grad=config.clip_grad,
     )
-    assert len(list(steps)) == 4
-    tallies = EpochMetrics(place.device), EpochMetrics(place.device)
-    assert (
-        len(list(engine.evaluate(model, batches, place, tallies[0], StepTimer(), tallies[1]))) == 4
-    )
+    assert timer.step.count == 4
+    metrics = EpochMetrics(place.device), EpochMetrics(place.device)
+    assert engine.evaluate(model, batches, place, metrics[0], timer, metrics[1])
 
 
 def test_a_first_step_that_overflows_leaves_no_trace():
@@ -183,18 +191,27 @@ def test_a_first_step_that_overflows_leaves_no_trace():
     for losses in ([float("inf"), 1.0, 1.0], [1.0, 1.0]):
         model = nn.Linear(500, 300, bias=False)
         nn.init.constant_(model.weight, 0.5)
-        args = config.parse([".", "--lr=0.1"])
-        optim.resolve_defaults(args, "torch_conv")
-        place = SimpleNamespace(device=torch.device("cuda"))
-        optimizer, scaler = optim.make_optimizer(args, "torch_conv", model, place), make_scaler()
+        optimizer = optim.make_optimizer(model, "torch_conv", 0.1, 1e-4, 0.9, fused=True)
+        scaler = make_scaler()
         for loss in losses:
             optimizer.zero_grad()
             scaler.scale(loss * model.weight.sum()).backward()
             scaler.step(optimizer)
             scaler.update()
-        assert optimizer.defaults["fused"]
         weights.append(model.weight)
     assert torch.equal(*weights) and not (weights[0] == 0.5).any()
+
+
+class CudaParameters:
+    """A model whose parameters claim to be on a GPU."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def parameters(self):
+        for p in self.model.parameters():
+            p.is_cuda_here = True
+            yield p
 
 
 def make_scaler():
@@ -214,30 +231,33 @@ def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
 def test_mirrored_accuracy_is_of_the_averaged_logits():
     model, batches = make_network(3, dropout=0.2), make_batches(3)
     plain, mirrored = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
-    seen = list(engine.evaluate(model, batches, CPU, plain, StepTimer(), mirrored))
+    seen = []
+    engine.evaluate(
+        model, batches, CPU, plain, StepTimer(), mirrored, lambda *xy: seen.append(xy) or True
+    )
     model.eval()
     expected_plain, expected_mirrored = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
     with torch.no_grad():
         for (x, y), (shown, label) in zip(batches, seen, strict=True):
             assert torch.equal(x, shown) and torch.equal(y, label)
             a, b = model(x), model(torch.flip(x, dims=[-1]))
-            expected_plain.add(a, y)
-            expected_mirrored.add(a + b, y)
-    assert plain.compute()[1] == expected_plain.read()[1]
-    assert mirrored.compute()[1] == expected_mirrored.read()[1]
+            expected_plain.update(a, y)
+            expected_mirrored.update(a + b, y)
+    assert plain.compute()[1] == expected_plain.compute()[1]
+    assert mirrored.compute()[1] == expected_mirrored.compute()[1]
 
 
 @pytest.mark.parametrize("job", ["evaluate", "attack"])
 def test_looking_changes_nothing(job):
-    model, batches = make_network(3, dropout=0.2), make_batches(2)
+    model, batches, timer = make_network(3, dropout=0.2), make_batches(2), StepTimer()
     before = copy.deepcopy(model)
+    metrics = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
     if job == "evaluate":
-        passes = engine.evaluate(model, batches, CPU, EpochMetrics(CPU.device), StepTimer())
+        engine.evaluate(model, batches, CPU, metrics[0], timer)
     else:
         attack = PGD(epsilon=0.1, steps=2, pixels=PIXELS)
-        tallies = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
-        passes = engine.attack(model, batches, attack.perturb, CPU, *tallies, StepTimer())
-    assert len(list(passes)) == 2
+        engine.evaluate_under_attack(model, batches, attack.perturb, CPU, *metrics, timer)
+    assert timer.step.count == 2
     assert same_weights(model, before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
@@ -249,46 +269,14 @@ def test_attack_counts_the_same_images_before_and_after():
         return x.fill_(-2.0)  # also spoils its input, as a student's attack may
 
     clean, adversarial = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
-    pairs = list(engine.attack(model, batches, to_black, CPU, clean, adversarial, StepTimer()))
-    expected = EpochMetrics(CPU.device)
-    list(engine.evaluate(model, batches, CPU, expected, StepTimer()))
-    assert clean.compute()[1] == expected.read()[1]
+    pairs, timer, expected = [], StepTimer(), EpochMetrics(CPU.device)
+    engine.evaluate_under_attack(
+        model, batches, to_black, CPU, clean, adversarial, timer, lambda *xs: pairs.append(xs)
+    )
+    engine.evaluate(model, batches, CPU, expected, StepTimer())
+    assert clean.compute()[1] == expected.compute()[1]
     for (x, y), (shown, x_adv, label) in zip(batches, pairs, strict=True):
         assert torch.equal(x, shown) and (x_adv == -2).all() and torch.equal(y, label)
     black = model(torch.full((1, 3, 9, 9), -2.0)).argmax().item()
     hits = sum((y == black).sum().item() for _, y in batches)
     assert adversarial.compute()[1].acc1 == pytest.approx(100 * hits / 18)
-
-
-class Views(nn.Module):
-    """Has `view` where `flatten` would do, as many answers have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, stride=16)
-        self.fc = nn.Linear(4 * 8 * 8, 5)
-
-    def forward(self, x):
-        x = self.conv(x)
-        return self.fc(x.view(x.size(0), -1))
-
-
-def test_a_network_that_needs_the_ordinary_layout_gets_it():
-    place = DeviceContext(torch.device("cpu"))
-    model = place.prepare_model(Views())
-    assert place.memory_format == torch.contiguous_format
-    model(place.to_device_images(torch.rand(2, 3, 128, 128))).sum().backward()
-    other = DeviceContext(torch.device("cpu"))
-    net = other.network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    assert other.memory_format == torch.channels_last
-    assert net.training and int(net[1].num_batches_tracked) == 0
-    assert all(p.grad is None for p in net.parameters())
-
-
-def test_no_memory_is_no_obstacle_in_the_network():
-    class Large(nn.Module):
-        def forward(self, x):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        engine.probe_backward(Large(), torch.zeros(1))
