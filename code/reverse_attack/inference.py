@@ -60,9 +60,14 @@ def parse(argv: Sequence[str]) -> Namespace:
     return options.parse(parser, argv, "inference.py")
 
 
+def reversal_norm(args: Namespace) -> str:
+    """The norm of the reversal: that of the attack, l_inf for clean images."""
+    return "linf" if args.norm == "clean" else args.norm
+
+
 def make_defence(args: Namespace, loaded: LoadedClassifier) -> Defence | None:
     """The change of the images before they are classified; None = none."""
-    norm = "linf" if args.norm == "clean" else args.norm
+    norm = reversal_norm(args)
     radius = REVERSAL_FACTOR * args.budgets[norm] if args.epsilon is None else args.epsilon
     if args.task == "default":
         return None
@@ -75,7 +80,7 @@ def make_defence(args: Namespace, loaded: LoadedClassifier) -> Defence | None:
 
 def infer(args: Namespace) -> None:
     """Evaluate the images of the command line; print and record the rows."""
-    options.check_epsilon(args.epsilon, args.norm)
+    options.check_epsilon(args.epsilon, reversal_norm(args), args.dataset)
     index = data.list_images(args.dataset, args.data_root, "test")
     loaded = classifier.from_args(args, len(index.classes))
     if args.norm == "clean":
