@@ -37,7 +37,7 @@ def test_importing_needs_torch_alone():
         "import sys\n"
         "absent = ['cv2', 'torchvision', 'PIL', 'tensorboard', 'matplotlib', 'utils']\n"
         "sys.modules.update(dict.fromkeys(absent))\n"
-        "import student_code, custom_blocks, scene_net, attacks, geometry"
+        "import student_code, custom_blocks, deepvision.models.scene_net, deepvision.attacks"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=CODE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
-from deepvision.attacks.diagnostics import EPSILONS
+from deepvision.attacks import EPSILONS
 from deepvision.training.objectives import STEPS
 from deepvision.training.optim import DEFAULTS, SCENE_NET
 from deepvision.training.signals import parse_interval

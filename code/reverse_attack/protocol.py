@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from deepvision.attacks.pgd import APGD, LOSSES, PGD, Attack, cross_entropy
-from deepvision.attacks.square import Square
+from deepvision.attacks import APGD, LOSSES, PGD, Attack, Square
+from deepvision.attacks.losses import cross_entropy
 from reverse_attack.adaptive import DefenceAware, Defended
 from reverse_attack.classifier import Classifier
 from reverse_attack.contrastive import ContrastiveLoss
@@ -220,7 +220,7 @@ class Evaluation:
 
     def square(self, queries: int) -> Square:
         return Square(
-            epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1, share=FIRST_SQUARES
+            epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1, p=FIRST_SQUARES
         )
 
     def static_examples(self) -> Iterator[tuple[str, AttackedBatch]]:

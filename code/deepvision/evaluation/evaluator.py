@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from argparse import Namespace
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 import student_code
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks import diagnostics
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import EPSILONS, PGD, InputScale, run_diagnostics
 from deepvision.checkpoint import write_atomically
 from deepvision.data.loader import fixed_subset_batch, validation_batches
-from deepvision.evaluation import pictures
+from deepvision.evaluation import pictures, sweep
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.runtime import distributed, run_logger
 from deepvision.runtime.run_logger import Console, RunLogger, final_line
@@ -115,7 +112,7 @@ class Evaluator:
                     console.test_line(i, clock, *adversarial.compute())
                     if self.args.vis:
                         self._show_attack(x, x_adv, y, i)
-        words = diagnostics.describe(attack) if attack else budget_of(student)
+        words = sweep.describe(attack) if attack else budget_of(student)
         self._conclude(
             self._probe(attack) if attack else {},
             clean=("Clean images:", clean.compute()[1]),
@@ -148,21 +145,21 @@ class Evaluator:
         x, y = self.place.to_device_images(x), self.place.to_device_labels(y)
         print(f"Health lights ({len(y)} images; accuracies in per cent):")
         lights = []
-        for light in diagnostics.run_diagnostics(self.model, x, y, attack):
+        for light in run_diagnostics(self.model, x, y, attack):
             print(light.line(), flush=True)
-            lights.append(asdict(light))
-        found = {"attack": diagnostics.describe(attack), "probed": len(y), "lights": lights}
+            lights.append(light.record())
+        found = {"attack": sweep.describe(attack), "probed": len(y), "lights": lights}
         return found | ({"sweep": self._sweep(x, y, attack)} if self.args.sweep else {})
 
     def _sweep(self, x: Tensor, y: Tensor, attack: PGD) -> list[dict]:
         points = []
-        for epsilon, steps, accuracy in diagnostics.sweep(self.model, x, y, attack):
+        for epsilon, steps, accuracy in sweep.sweep(self.model, x, y, attack):
             points.append((epsilon, steps, accuracy))
-            for curve in [steps] if steps else diagnostics.STEPS:  # all begin at the clean accuracy
+            for curve in [steps] if steps else sweep.STEPS:  # all begin at the clean accuracy
                 self.book.add_curve_point(
                     "robustness/top1_accuracy", f"{curve}_steps", accuracy, epsilon
                 )
-        text = diagnostics.table(attack.norm, points, len(y))
+        text = sweep.format_table(attack.norm, points, len(y))
         print(text)
         self.book.text("robustness/sweep", text)
         write_atomically(self.book.folder / "sweep.md", f"{text}\n".encode())
@@ -195,7 +192,7 @@ def attack_from_config(args: Namespace) -> PGD | None:
     if not (given or args.attack_norm or args.attack_eps is not None or args.sweep):
         return None
     norm = args.attack_norm or "linf"
-    epsilon = diagnostics.EPSILONS[norm] if args.attack_eps is None else args.attack_eps
+    epsilon = EPSILONS[norm] if args.attack_eps is None else args.attack_eps
     pixels = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
     return PGD(norm=norm, epsilon=epsilon, pixels=pixels, **given)
 

@@ -23,8 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvision.attacks.norms import InputScale, project, random_start, steepest_step
-from deepvision.attacks.pgd import FGSM, PGD, frozen_eval_mode
+from deepvision.attacks import (
+    FGSM,
+    PGD,
+    InputScale,
+    frozen_eval_mode,
+    project,
+    random_start,
+    steepest_step,
+)
 
 Losses = Iterator[tuple[Tensor, Tensor]]  # (logits (N, K), loss ()), one for each step
 Objective = Callable[[nn.Module, nn.Module, Tensor, Tensor, int], Losses]

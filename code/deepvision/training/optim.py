@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks.norms import InputScale
+from deepvision.attacks import InputScale
 from deepvision.training.engine import DeviceContext
 from deepvision.training.objectives import STEPS, AdversarialTraining, Losses, Objective, standard
 from utils import LinearWarmupCosineAnnealingLR

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from deepvision import checkpoint
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD
 from deepvision.checkpoint import Progress
 from deepvision.data.loader import fixed_subset_batch, training_batches, validation_batches
 from deepvision.runtime import distributed, run_logger
