@@ -174,12 +174,25 @@ def test_cheap_modes_cost_two_passes(mode, forwards, backwards):
     assert passes == [forwards, backwards]
 
 
+def test_trades_is_finite_where_the_clean_softmax_underflows():
+    """yaodongyu/TRADES, issue 30."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    net[1].weight.data.mul_(60)
+    x, y = torch.randn(8, 3, 2, 2), torch.randint(5, (8,))
+    assert (net(x).softmax(1) == 0).any()
+    objective = AdversarialTraining(mode="trades", epsilon=4.0, steps=2)
+    for _, loss in objective(net, nn.CrossEntropyLoss(), x, y, 0):
+        loss.backward()
+    assert loss.isfinite() and net[1].weight.grad.isfinite().all()
+
+
 def test_divergence_is_torchs():
     torch.manual_seed(0)
     a, b = torch.randn(2, 5, 7)
     p, q = torch.distributions.Categorical(logits=a), torch.distributions.Categorical(logits=b)
     expected = torch.distributions.kl_divergence(p, q)
-    torch.testing.assert_close(divergence(b, a.softmax(1)), expected)
+    torch.testing.assert_close(divergence(b, a.log_softmax(1)), expected)
 
 
 def test_robust_accuracy_is_what_the_attack_leaves():

@@ -109,17 +109,21 @@ class AdversarialTraining:
 
     def _trades(self, model, criterion, x, y, epsilon) -> Losses:
         with frozen_eval_mode(model), torch.no_grad():
-            p = model(x).softmax(1)
-        attack = replace(self.attack(epsilon), loss=lambda logits, *_: divergence(logits, p))
+            log_p = model(x).log_softmax(1)
+        attack = replace(self.attack(epsilon), loss=lambda logits, *_: divergence(logits, log_p))
         x_adv = attack.perturb(model, x, y)
         clean, attacked = model(x), model(x_adv)
-        distance = divergence(attacked, clean.softmax(1)).mean()
+        distance = divergence(attacked, clean.log_softmax(1)).mean()
         yield attacked, criterion(clean, y) + self.beta * distance
 
 
-def divergence(logits: Tensor, p: Tensor) -> Tensor:
-    """Kullback-Leibler's, of the logits' distribution from p: (N, K), (N, K) -> (N,)."""
-    return F.kl_div(logits.log_softmax(1), p, reduction="none").sum(1)
+def divergence(logits: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || softmax(logits)) of each sample: (N, K), log-probabilities (N, K) -> (N,).
+
+    Of log p, because the gradient over p itself is not finite where p underflows to 0.
+    """
+    log_q = logits.log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 @torch.no_grad()
