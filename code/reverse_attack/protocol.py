@@ -24,7 +24,6 @@ from reverse_attack.reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
 
 WEIGHTS = (1.0, 10.0)  # lambda of the defence-aware attacks
 BPDA = "BPDA + EOT"
-FIRST_SQUARES = 0.8  # of the pixels, as in AutoAttack
 
 Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
 
@@ -220,7 +219,7 @@ class Evaluation:
 
     def square(self, queries: int) -> Square:
         return Square(
-            epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1, p=FIRST_SQUARES
+            epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1
         )
 
     def static_examples(self) -> Iterator[tuple[str, AttackedBatch]]:

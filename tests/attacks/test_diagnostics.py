@@ -9,14 +9,18 @@ from diagnosed import PIXELS, RADIUS, Healthy, Quantised, Randomised, Stubborn, 
 from deepvision.attacks import add_random_noise, lp_norm, run_diagnostics, zero_gradient_mask
 
 NAMES = [
+    "pixel range",
     "gradients",
     "randomness",
     "more steps",
     "noise",
+    "loss",
+    "targets",
     "large ε",
     "gradient-free search",
 ]
 MASKED = {"gradients", "noise", "gradient-free search"}
+WEAK = {"more steps", "loss", "targets", "gradient-free search"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
         (Healthy(), {}, set()),
         (Quantised(), {}, MASKED | {"large ε"}),
         (Randomised(), {}, {"randomness"}),
-        (Healthy(), {"steps": 5, "step_size": 2.0}, {"more steps"}),
+        (Healthy(), {"steps": 5, "step_size": 2.0}, WEAK),
         (Healthy(), {"step_size": 0.0}, {"noise", "gradient-free search"}),
         (Stubborn(), {}, {"noise", "large ε"}),
     ],

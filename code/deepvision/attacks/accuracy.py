@@ -9,7 +9,13 @@ from deepvision.attacks.pgd import Attack, Model, frozen_eval_mode
 
 
 def correct_under_attack(model: Model, attack: Attack | None, x: Tensor, y: Tensor) -> Tensor:
-    """Where (N,) the prediction for x (N, C, H, W), attacked first, is y; None: no attack."""
+    """Where (N,) the prediction for x (N, C, H, W), attacked first, is y; None: no attack.
+
+    Raises:
+        ValueError: x is empty.
+    """
+    if len(x) == 0:
+        raise ValueError("there are no images to measure the accuracy on")
     if attack is not None:
         x = attack.perturb(model, x, y)
     with frozen_eval_mode(model), torch.no_grad():

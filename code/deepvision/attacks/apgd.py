@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deepvision.attacks.losses import attack_succeeded
 from deepvision.attacks.norms import per_sample
 from deepvision.attacks.pgd import GradientAttack, Network, State
 
@@ -42,10 +41,30 @@ class APGD(GradientAttack):
 
     The delta with the highest loss is returned (with early stop: the first that succeeds). In l_1
     the number of changed coordinates adapts too, without momentum (2021, algorithm 1).
+
+    multi_epsilon: search in larger balls first, 3 epsilon and 2 epsilon, and continue from the
+        projection of the best delta; the last 40 % of the steps use epsilon (2021, section 3.3).
     """
 
     random_start: bool = True
     early_stop: bool = True
+    multi_epsilon: bool = False
+
+    def _run(self, net: Network, s: State) -> Tensor:
+        if not self.multi_epsilon:
+            return super()._run(net, s)
+        steps = round(0.3 * self.steps)
+        for factor in (3, 2):
+            wide = replace(
+                self,
+                epsilon=factor * self.epsilon,
+                steps=steps,
+                early_stop=False,
+                multi_epsilon=False,
+            )
+            s.delta = wide._run(net, replace(s, delta=wide._project(s, s.delta)))
+        last = replace(self, steps=self.steps - 2 * steps, multi_epsilon=False)
+        return last._run(net, replace(s, delta=last._project(s, s.delta)))
 
     def _step(self, i: int, s: State) -> APGDState:
         s = self._begin(s) if i == 0 else self._remember(s)
@@ -116,8 +135,12 @@ class APGD(GradientAttack):
     def _last(self, net: Network, s: State) -> Tensor:
         if self.steps == 0:
             return s.delta
-        logits = net(s)
-        better = (self._loss(logits, s) > s.f_max) | attack_succeeded(logits, s.y, s.t)
+        if self.eot > 1:
+            f = sum(self._loss(net(s), s) for _ in range(self.eot)) / self.eot
+            better = f > s.f_max
+        else:
+            logits = net(s)
+            better = (self._loss(logits, s) > s.f_max) | self._succeeded(logits, s.y, s.t)
         return torch.where(per_sample(better, s.delta), s.delta, s.delta_max)
 
 

@@ -7,6 +7,7 @@ the bounds that keep every pixel of x + delta valid.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,10 @@ from torch import Tensor
 
 ORDERS = {"linf": math.inf, "l2": 2, "l1": 1}
 EPSILONS = {"linf": 4, "l2": 512, "l1": 10240}  # defaults, of 255; l_2: 2, l_1: 40 of [0, 1]
+
+
+TOLERANCE = 1 / 255  # beyond [0, 1]: rounding, of bfloat16 too
+NARROW = 0.35  # of [0, 1]; images in [0, 1] that are taken for normalised ones span 0.23
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,32 @@ class InputScale:
         """Units of epsilon per unit of the model's input: (1, C, 1, ...)."""
         std = self.per_channel(self.std, x)
         return {"normalised": torch.ones_like(std), "pixel": std, "255": 255 * std}[self.unit]
+
+    def misfit(self, x: Tensor) -> str | None:
+        """Why x (N, C, ...) does not look like images under this mean and std; None if it does."""
+        values = x.float() * self.per_channel(self.std, x) + self.per_channel(self.mean, x)
+        low, high = values.min().item(), values.max().item()
+        found = f"the inputs span pixels of {low:.2f} to {high:.2f} under the stated mean and std"
+        if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+            return f"{found}, outside [0, 1]"
+        return f"{found}, a small part of [0, 1]" if high - low < NARROW else None
+
+    def check(self, x: Tensor) -> None:
+        """Warn of inputs x (N, C, ...) in a small part of the pixel range.
+
+        Raises:
+            ValueError: some are outside, so that mean and std are not those of the inputs.
+        """
+        misfit = self.misfit(x)
+        if misfit and misfit.endswith("outside [0, 1]"):
+            raise ValueError(misfit)
+        if misfit:
+            warnings.warn(misfit, stacklevel=2)
+
+    def box_radius(self, x: Tensor, norm: str) -> float:
+        """The norm of the change from all-black to all-white for one sample of x, as epsilon."""
+        width = self.scale(x) / self.per_channel(self.std, x)
+        return lp_norm(width.float().expand_as(x[:1]), norm).max().item() if len(x) else math.inf
 
     def delta_bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(lo, hi): the bounds of delta, in units of epsilon, that keep pixels in [0, 1]."""

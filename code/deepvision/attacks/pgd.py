@@ -11,6 +11,7 @@ Wong et al., 2020 (FGSM-RS).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -29,7 +30,7 @@ from deepvision.attacks.norms import (
     steepest_step,
 )
 
-GOALS = ("untargeted", "target", "least_likely", "random")
+GOALS = ("untargeted", "target", "least_likely", "random", "towards_target")
 
 Model = Callable[[Tensor], Tensor]  # inputs (N, C, ...) to logits (N, K)
 
@@ -52,6 +53,16 @@ def frozen_eval_mode(model: Model) -> Iterator[None]:
             module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def is_randomised(model: Model, x: Tensor) -> bool:
+    """Whether two passes of the first image of x (N, C, ...) give different logits."""
+    if len(x) == 0:
+        return False
+    with frozen_eval_mode(model), torch.no_grad():
+        a, b = model(x[:1]), model(x[:1])
+    return not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def constant(i: int, steps: int) -> float:
@@ -98,15 +109,18 @@ class Attack:
 
     norm, epsilon: the ball, in the unit of `pixels`.
     goal: "untargeted" (any label but y), "target" (the label passed to `perturb`), "least_likely"
-        (of the clean input) or "random" (a label drawn from all but y).
+        (of the clean input), "random" (a label drawn from all but y), or "towards_target" (the
+        loss of the label passed to `perturb`, but any label except y is a success).
     loss: "ce", "margin", "dlr", or a callable (see deepvision.attacks.losses).
     random_start: of the first run; further runs (`restarts` > 1) always start at random. For each
         sample the best run is kept: a successful one, or the one with the highest loss.
-    early_stop: a sample leaves the batch at its first success, with that perturbation.
+    early_stop: a sample leaves the batch at its first success, with that perturbation; off with a
+        warning where the model is randomised, as one success there may be luck.
     generator: makes an attack repeatable; random numbers are drawn for the samples in the batch.
 
     Raises:
-        ValueError: an unknown norm, goal or loss, or a negative number.
+        ValueError: an unknown norm, goal or loss, a negative number, or steps without an epsilon;
+            in `perturb` an epsilon larger than the box of valid pixels.
     """
 
     norm: str = "linf"
@@ -121,20 +135,33 @@ class Attack:
     generator: torch.Generator | None = None
 
     def __post_init__(self):
-        for value, known in ((self.norm, ORDERS), (self.goal, GOALS), (self.loss, LOSSES)):
-            if value not in known and not callable(value):
-                raise ValueError(f"unknown {value!r}: one of {', '.join(known)}")
+        for name, known in (("norm", ORDERS), ("goal", GOALS), ("loss", LOSSES)):
+            value = getattr(self, name)
+            if value not in known and not (name == "loss" and callable(value)):
+                raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
         if self.epsilon < 0 or self.steps < 0 or self.restarts < 1:
             raise ValueError("epsilon and steps must not be negative, restarts at least 1")
+        if self.epsilon == 0 and self.steps > 0:
+            raise ValueError("an attack with epsilon = 0 changes nothing: use a positive epsilon")
 
     def perturb(
         self, model: Model, x: Tensor, y: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
         """Adversarial inputs for x (N, C, ...): detached, of the same shape and dtype.
 
-        y (N,): true labels, by default the model's predictions. target (N,): for the goal "target".
-        The model (mode, parameters, buffers, gradients) and x are left unchanged.
+        y (N,): true labels, by default the model's predictions. target (N,): for the goals "target"
+        and "towards_target". The model (mode, parameters, buffers, gradients) and x are left
+        unchanged.
         """
+        radius = self.pixels.box_radius(x, self.norm)
+        if self.epsilon > radius * (1 + 1e-6):
+            raise ValueError(
+                f"epsilon = {self.epsilon:g} is larger than the box of valid pixels, "
+                f"{radius:g} in {self.norm}: check its unit ({self.pixels.unit})"
+            )
+        if self.early_stop and is_randomised(model, x):
+            warnings.warn("this model is randomised: the attack does not stop early", stacklevel=2)
+            return replace(self, early_stop=False).perturb(model, x, y, target)
         with frozen_eval_mode(model):
             # at least float32, or small steps vanish; a copy, as autograd needs ordinary tensors
             x0 = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
@@ -156,19 +183,21 @@ class Attack:
             with torch.no_grad():
                 logits = model(x)
         y = logits.argmax(1) if y is None else y.detach().clone()
-        if self.goal == "target":
+        if self.goal in ("target", "towards_target"):
             if target is None:
-                raise ValueError("the goal 'target' needs target labels")
+                raise ValueError(f"the goal {self.goal!r} needs target labels")
             t = torch.as_tensor(target, device=x.device).detach().clone().expand(len(x))
         elif self.goal == "least_likely":
             t = logits.argmin(1)
         elif self.goal == "random":
             others = logits.shape[1] - 1
+            if others < 1:
+                raise ValueError("the goal 'random' needs a model with at least two classes")
             t = sample_like(torch.randint, (len(x),), y, self.generator, others)
             t = t + (t >= y)
         if not self.early_stop:
             return y, t, slice(None)
-        return y, t, (~attack_succeeded(logits, y, t)).nonzero().squeeze(1)
+        return y, t, (~self._succeeded(logits, y, t)).nonzero().squeeze(1)
 
     def _best_of_runs(self, net: Network, s: State, todo: Tensor | slice) -> Tensor:
         """The best delta of all restarts for each sample; that of `s` where nothing is to do."""
@@ -186,7 +215,7 @@ class Attack:
                 break
             with torch.no_grad():
                 logits = net(part)
-            success, f = attack_succeeded(logits, part.y, part.t), self._loss(logits, part)
+            success, f = self._succeeded(logits, part.y, part.t), self._loss(logits, part)
             better = torch.where(success == succeeded[todo], f > f_max[todo], success)
             best[todo] = torch.where(per_sample(better, best), part.delta, best[todo])
             f_max[todo] = torch.where(better, f, f_max[todo])
@@ -199,6 +228,9 @@ class Attack:
         loss = self.loss if callable(self.loss) else LOSSES[self.loss]
         return loss(logits, s.y, s.t)
 
+    def _succeeded(self, logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
+        return attack_succeeded(logits, y, None if self.goal == "towards_target" else t)
+
     def _run(self, net: Network, s: State) -> Tensor:
         """One run from the delta of `s`: the last delta, or the best one."""
         raise NotImplementedError
@@ -209,19 +241,21 @@ class Attack:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientAttack(Attack):
-    """Ascent on the loss by its gradient; a subclass gives one step of it."""
+    """Ascent on the loss by its gradient; a subclass gives one step of it.
+
+    eot: forward and backward passes whose mean is the loss and its gradient (expectation over
+        transformation; Athalye et al., 2018), for randomised models.
+    """
+
+    eot: int = 1
 
     def _run(self, net: Network, s: State) -> Tensor:
         result = s.delta.clone()
         s.index = torch.arange(len(result), device=result.device)
         for i in range(self.steps):
-            s.delta = s.delta.detach().requires_grad_(True)
-            logits = net(s)
-            f = self._loss(logits, s)
-            (g,) = torch.autograd.grad(f.sum(), s.delta)
-            s.delta, s.f, s.g = s.delta.detach(), f.detach(), g.nan_to_num(nan=0.0)
+            logits = self._differentiate(net, s)
             if self.early_stop:
-                done = attack_succeeded(logits, s.y, s.t)
+                done = self._succeeded(logits, s.y, s.t)
                 result[s.index[done]] = s.delta[done]
                 s = s.select(~done)
                 if len(s.index) == 0:
@@ -229,6 +263,18 @@ class GradientAttack(Attack):
             s = self._step(i, s)
         result[s.index] = self._last(net, s)
         return result
+
+    def _differentiate(self, net: Network, s: State) -> Tensor:
+        """Set the loss f and its gradient g at delta, means of `eot` passes; the last logits."""
+        passes = []
+        s.delta = s.delta.detach().requires_grad_(True)
+        for _ in range(self.eot):
+            logits = net(s)
+            f = self._loss(logits, s)
+            passes.append((f.detach(), *torch.autograd.grad(f.sum(), s.delta)))
+        f, g = (sum(values[1:], values[0]) / self.eot for values in zip(*passes, strict=True))
+        s.delta, s.f, s.g = s.delta.detach(), f, g.nan_to_num(nan=0.0)
+        return logits
 
     def _step(self, i: int, s: State) -> State:
         """The state with the next delta, from delta, loss f and gradient g."""

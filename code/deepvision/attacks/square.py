@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deepvision.attacks.losses import Loss, attack_succeeded
+from deepvision.attacks.losses import Loss
 from deepvision.attacks.norms import lp_norm, per_sample, sample_like
 from deepvision.attacks.pgd import Attack, Network, State
 
@@ -20,7 +20,7 @@ class Square(Attack):
     """Each iteration tries a square of one colour and keeps it where the loss rises (algorithm 1).
 
     steps: the queries after the first one, which is at vertical stripes.
-    p: the fraction of an image's pixels that the first squares cover.
+    p: the fraction of an image's pixels that the first squares cover; 0.8 as in AutoAttack.
 
     For images (N, C, H, W). In l_2 and l_1 the same squares are scaled and projected, a weaker
     search than the paper's, which shapes and merges them.
@@ -29,7 +29,7 @@ class Square(Attack):
     steps: int = 200
     loss: str | Loss = "margin"
     early_stop: bool = True
-    p: float = 0.05
+    p: float = 0.8
 
     @torch.no_grad()
     def _run(self, net: Network, s: State) -> Tensor:
@@ -47,7 +47,7 @@ class Square(Attack):
             s.f = torch.where(better, f, s.f)
             result[s.index] = s.delta
             if self.early_stop:
-                s = s.select(~(better & attack_succeeded(logits, s.y, s.t)))
+                s = s.select(~(better & self._succeeded(logits, s.y, s.t)))
                 if len(s.index) == 0:
                     break
         return result
