@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deepvision import checkpoint
-from deepvision.attacks.norms import size
+from deepvision.attacks import lp_norm
 from deepvision.attacks.pgd import PGD
 from deepvision.runtime import run_logger
 from reverse_attack import (
@@ -199,7 +199,7 @@ def test_attacked_images_fill_their_ball_within_valid_pixels(root, norm):
     assert torch.equal(y, clean.y)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
     unit = 255 if norm == "l_inf" else 1
-    lengths = size(x_adv - x, norm.replace("_", "")).flatten() * unit
+    lengths = lp_norm(x_adv - x, norm.replace("_", "")).flatten() * unit
     assert lengths.max() <= NORMS[norm] * (1 + 1e-4)
     assert lengths.median() >= 0.95 * NORMS[norm]
     said = meta(root, norm)

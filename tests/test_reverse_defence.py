@@ -8,8 +8,8 @@ import inspect
 import pytest
 import torch
 
-from deepvision.attacks.norms import size
-from deepvision.attacks.pgd import margin
+from deepvision.attacks import lp_norm
+from deepvision.attacks.losses import margin
 from reverse_attack import head_training, resnets
 from reverse_attack.adaptive import DefenceAware
 from reverse_attack.classifier import Classifier
@@ -53,7 +53,7 @@ def test_the_reversal_stays_in_its_ball_within_valid_pixels(norm):
     reversed_ = Reversal(make_loss(), norm, steps=10)(x, seed=0)
     assert reversed_.min() >= 0 and reversed_.max() <= 1
     unit = 255 if norm == "linf" else 1
-    lengths = size(reversed_ - x, norm) * unit
+    lengths = lp_norm(reversed_ - x, norm) * unit
     assert lengths.max() <= BUDGET[norm] * (1 + 1e-4)
     assert lengths.min() >= 0.3 * BUDGET[norm]
 
@@ -173,7 +173,7 @@ def test_noise_has_the_radius_of_the_reversal():
     for norm, radius in BUDGET.items():
         moved = noise(x, norm, radius, seed=0)
         assert moved.min() >= 0 and moved.max() <= 1
-        lengths = size(moved - x, norm) * (255 if norm == "linf" else 1)
+        lengths = lp_norm(moved - x, norm) * (255 if norm == "linf" else 1)
         assert 0.4 * radius < lengths.min() and lengths.max() <= radius * (1 + 1e-4)
         assert torch.equal(moved, noise(x, norm, radius, seed=0))
 

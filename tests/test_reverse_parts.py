@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from deepvision.evaluation.statistics import Paired, mcnemar
 from reverse_attack import resnets, verdict
 from reverse_attack.adaptive import Defended
 from reverse_attack.classifier import Classifier
 from reverse_attack.contrastive import TEMPERATURE, ContrastiveLoss, Head, chance, info_nce
-from reverse_attack.intervals import Paired, mcnemar
 from reverse_attack.protocol import Cost, Result
 from reverse_attack.reversal import Reversal
 from reverse_attack.views import crop, hue_rotation, recolour, views

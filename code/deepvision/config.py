@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 
-from deepvision.attacks.diagnostics import EPSILONS
+from deepvision.attacks import EPSILONS
 from deepvision.runtime.provenance import command_line
 from deepvision.training.objectives import STEPS
 from deepvision.training.signals import parse_interval

@@ -16,8 +16,7 @@ import torch
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepvision.attacks.norms import size
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, lp_norm
 from deepvision.config import at_least
 from reverse_attack import attack_sets, classifier, data, options
 from reverse_attack.attack_sets import NORMS, AttackSet
@@ -95,7 +94,7 @@ def attack_all(
         x, y = x.to(device), y.to(device)
         x_adv = pgd.perturb(model, x, y).clamp(0, 1)
         delta = (x_adv - x) * pgd.pixels.scale(x)
-        largest = max(largest, size(delta, pgd.norm).max().item())
+        largest = max(largest, lp_norm(delta, pgd.norm).max().item())
         with torch.no_grad():
             clean_hits += (model(x).argmax(1) == y).sum().item()
             hits += (model(x_adv).argmax(1) == y).sum().item()

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from deepvision import checkpoint
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD, Attack
+from deepvision.attacks import PGD, Attack, InputScale
 from deepvision.runtime.run_logger import Console, RunLogger, new_run
 from deepvision.training import engine
 from deepvision.training.engine import DeviceContext, EpochMetrics, Metrics, StepTimer

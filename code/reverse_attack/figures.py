@@ -19,10 +19,11 @@ from torch import Tensor
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepvision.attacks.diagnostics import wilson
-from deepvision.attacks.pgd import PGD, cross_entropy
+from deepvision.attacks import PGD
+from deepvision.attacks.losses import cross_entropy
 from deepvision.checkpoint import write_atomically
 from deepvision.config import at_least
+from deepvision.evaluation.statistics import wilson
 from deepvision.runtime import run_logger
 from reverse_attack import classifier, data, head_training, heads, options
 from reverse_attack.attack_sets import NORMS

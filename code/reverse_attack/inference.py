@@ -21,11 +21,11 @@ if __name__ == "__main__":  # as a script: modules are found from code/, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deepvision.config import at_least
+from deepvision.evaluation.statistics import Paired, percent
 from deepvision.runtime import run_logger
 from reverse_attack import attack_sets, classifier, data, heads, options
 from reverse_attack.attack_sets import NORMS
 from reverse_attack.classifier import LoadedClassifier
-from reverse_attack.intervals import Paired, percent
 from reverse_attack.reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
 from utils import UserError
 

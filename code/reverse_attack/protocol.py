@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from deepvision.attacks.pgd import APGD, LOSSES, PGD, Attack, cross_entropy
-from deepvision.attacks.square import Square
+from deepvision.attacks import APGD, LOSSES, PGD, Attack, Square
+from deepvision.attacks.losses import cross_entropy
 from reverse_attack.adaptive import DefenceAware, Defended
 from reverse_attack.classifier import Classifier
 from reverse_attack.contrastive import ContrastiveLoss
@@ -24,7 +24,6 @@ from reverse_attack.reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
 
 WEIGHTS = (1.0, 10.0)  # lambda of the defence-aware attacks
 BPDA = "BPDA + EOT"
-FIRST_SQUARES = 0.8  # of the pixels, as in AutoAttack
 
 Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
 
@@ -219,9 +218,7 @@ class Evaluation:
         }
 
     def square(self, queries: int) -> Square:
-        return Square(
-            epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1, share=FIRST_SQUARES
-        )
+        return Square(epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1)
 
     def static_examples(self) -> Iterator[tuple[str, AttackedBatch]]:
         """Made on the classifier as it is, from all images."""

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from deepvision.attacks.diagnostics import wilson
 from deepvision.checkpoint import write_atomically
-from reverse_attack.intervals import Paired
+from deepvision.evaluation.statistics import Paired, wilson
 from reverse_attack.protocol import BPDA, Cost, Result, Table
 from utils import relpath
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import main
 from deepvision import checkpoint
-from deepvision.attacks import diagnostics
+from deepvision.evaluation import sweep
 from deepvision.models import registry
 
 
@@ -77,7 +77,7 @@ def test_without_flags_it_is_the_default_attack(look, capsys):
 
 
 def test_a_sweep_leaves_a_table_and_curves_that_a_second_one_replaces(look, capsys, monkeypatch):
-    monkeypatch.setattr(diagnostics, "STEPS", (1, 4))
+    monkeypatch.setattr(sweep, "STEPS", (1, 4))
     for _ in range(2):
         out, folder = look(capsys, "-a", "--sweep")
     table = (folder / "sweep.md").read_text()

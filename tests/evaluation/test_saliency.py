@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,92 @@ def test_grad_cam_is_equations_1_and_2(net, x):
     cam = torch.einsum("nk,nkhw->nhw", a, leaf.detach()).relu()
     cam = F.interpolate(cam[:, None], (64, 64), mode="bilinear")[:, 0]
     torch.testing.assert_close(maps, cam / cam.flatten(1).amax(1).view(-1, 1, 1))
+
+
+class Residual(nn.Module):
+    """Two blocks with a shortcut and a squeeze-and-excitation gate; functional nonlinearities."""
+
+    def __init__(self, inplace: bool):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.squeeze, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.fc, self.inplace = nn.Linear(4, 3), inplace
+
+    def body(self, x):
+        x = F.relu(self.conv1(x), inplace=self.inplace)
+        y = self.norm(self.conv2(x))
+        y = y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid()
+        if self.inplace:
+            y += x
+            return F.relu_(y)
+        return F.relu(y + x)
+
+    def forward(self, x):
+        return self.fc(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_grad_cam_of_a_residual_network_is_that_of_the_last_blocks_output(inplace):
+    torch.manual_seed(0)
+    model, x = Residual(inplace).eval(), torch.randn(5, 3, 8, 8)
+    maps = grad_cam(model, x)
+    A, label = model.body(x).detach(), model(x).argmax(1)
+    cam = torch.einsum("nk,nkhw->nhw", model.fc.weight[label] / 64, A).relu()
+    torch.testing.assert_close(maps, cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-30))
+
+
+def test_grad_cam_is_the_same_whether_relus_work_in_place(net, x):
+    other = copy.deepcopy(net)
+    for module in other.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    torch.testing.assert_close(grad_cam(net, x), grad_cam(other, x))
+
+
+class WithExtraConvolutions(nn.Module):
+    """One convolution is called twice, one never, and the output of one is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.shared = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.dropped, self.unused = nn.Conv2d(4, 9, 3), nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 3)
+
+    def body(self, x):
+        x = self.first(x).relu()
+        return self.shared(self.shared(x).relu()).relu()
+
+    def forward(self, x):
+        x = self.body(x)
+        self.dropped(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_unused_and_shared_convolutions_do_no_harm():
+    torch.manual_seed(0)
+    model, x = WithExtraConvolutions(), torch.randn(5, 3, 8, 8)
+    A, label = model.body(x).detach(), model(x).argmax(1)
+    cam = torch.einsum("nk,nkhw->nhw", model.fc.weight[label], A).relu()
+    expected = cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-30)
+    torch.testing.assert_close(grad_cam(model, x), expected)
+
+
+def test_maps_show_the_patch_that_decides():
+    """Class 1 is a red patch anywhere, class 0 none: red minus a threshold, then the mean."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    )
+    model.append(nn.Flatten()).append(nn.Linear(1, 2))
+    values = [[[1.0, 0, 0]], [-0.5], [[1.0]], [0.0], [[-1.0], [1.0]], [0.001, -0.001]]
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.data = torch.tensor(value).view(parameter.shape)
+    x = torch.zeros(1, 3, 16, 16)
+    x[0, 0, 4:8, 10:14] = 1.0
+    assert model(x).argmax(1).item() == 1
+    inside = torch.zeros(16, 16)
+    inside[4:8, 10:14] = 1.0
+    for maps in (grad_cam(model, x), saliency(model, x)[0]):
+        torch.testing.assert_close(maps[0], inside)
 
 
 def test_a_transformer_has_a_gradient_map_and_no_grad_cam():
