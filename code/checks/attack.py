@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checks.grading import Mistakes, Wrong, compare, expect, find
+from checks.grading import CheckFailed, Mistakes, compare, expect, find
 
 CLASSES, SIZE = 6, 16
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -84,7 +84,7 @@ def perturb(
     if isinstance(x_adv, Tensor) and x_adv.shape == x.shape:
         return x_adv.detach()
     found = tuple(x_adv.shape) if isinstance(x_adv, Tensor) else type(x_adv).__name__
-    raise Wrong(f"perturb gives {found} for images {tuple(x.shape)}")
+    raise CheckFailed(f"perturb gives {found} for images {tuple(x.shape)}")
 
 
 def pgd(
@@ -166,7 +166,7 @@ def check_ball(code: ModuleType) -> list[str]:
         outside = (~(moved <= eps * (1 + 1e-4))).nonzero()
         if len(outside):
             at = tuple(outside[0].tolist())
-            raise Wrong(
+            raise CheckFailed(
                 f"after {steps} steps of {size} the pixel at {at} is not within epsilon: "
                 f"found {found[at].item():.5g}, expected {x[at].item():.5g} ± {eps}",
                 likely_mistake(found, net, x, **sizes),
@@ -194,7 +194,7 @@ def check_direction(code: ModuleType) -> list[str]:
     failed = (~(after < clean)).nonzero().flatten().tolist()
     if failed:
         i = failed[0]
-        raise Wrong(
+        raise CheckFailed(
             f"the loss of the least likely label does not fall: in {len(failed)} of {len(x)} "
             f"images, first in {i}: it was {clean[i].item():.4g}, found {after[i].item():.4g}, "
             f"expected about {right[i].item():.4g}",
@@ -226,7 +226,7 @@ def check_strength(code: ModuleType) -> None:
     kept_noise = (net(x + 0.1 * noise).argmax(1) == clean).float().mean().item()
     kept = (net(found).argmax(1) == clean).float().mean().item()
     if not kept < kept_noise - 0.3:
-        raise Wrong(
+        raise CheckFailed(
             f"noise of size epsilon leaves {kept_noise:.0%} of the predictions; after the attack, "
             f"found {kept:.0%}, expected below {kept_noise - 0.3:.0%}",
             likely_mistake(found, net, x, steps=20),
@@ -244,7 +244,7 @@ def check_steps(code: ModuleType) -> list[str]:
     if repeats:
         check_step_size(net, x, attacked[0])
     if same(attacked[0], attacked[2]):
-        raise Wrong("12 steps do what 1 does", likely_mistake(attacked[2], net, x, steps=12))
+        raise CheckFailed("12 steps do what 1 does", likely_mistake(attacked[2], net, x, steps=12))
     told = ", ".join(f"{share:.0%}" for share in changed)
     weaker = f"1, 4 and 12 steps change {told} of the predictions: more steps are weaker"
     expect(changed[0] <= changed[1] + 0.1 and changed[1] <= changed[2] + 0.1, weaker)

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from checks.grading import Wrong, compare, expect, find
+from checks.grading import CheckFailed, compare, expect, find
 
 DIM, HEADS = 12, 3
 PADDING = "the padding is not removed: give window_unpartition the height and width before padding"
@@ -95,7 +95,9 @@ def check_windowed_block(code: ModuleType) -> list[str]:
     try:
         alone.load_state_dict(windowed.state_dict())
     except RuntimeError:
-        raise Wrong("the parameters of a TransformerBlock depend on its window_size") from None
+        raise CheckFailed(
+            "the parameters of a TransformerBlock depend on its window_size"
+        ) from None
     for H, W in ((6, 9), (7, 5)):
         x = tokens(H, W)
         found = run_windowed(windowed, x, padded=H % ws > 0)
@@ -110,8 +112,8 @@ def check_windowed_block(code: ModuleType) -> list[str]:
                 }
                 try:
                     compare(what, found[place], alone(x[place]), mistakes)
-                except Wrong as e:
-                    raise Wrong(str(e), e.hint or order_hint(windowed, x, ws)) from None
+                except CheckFailed as e:
+                    raise CheckFailed(str(e), e.hint or order_hint(windowed, x, ws)) from None
     x = tokens(2, 2)  # a part of one window
     if torch.allclose(windowed(x), alone(x), atol=1e-5):
         return []
@@ -127,7 +129,7 @@ def run_windowed(block: nn.Module, x: Tensor, padded: bool) -> Tensor:
     except RuntimeError:
         if padded:  # without padding it did not raise
             sizes = f"{x.shape[1]} x {x.shape[2]} tokens that need padding"
-            raise Wrong(f"a block with windows fails on {sizes}", PADDING) from None
+            raise CheckFailed(f"a block with windows fails on {sizes}", PADDING) from None
         raise
     problem = f"a block maps {tuple(x.shape)} to {tuple(found.shape)}"
     expect(found.shape == x.shape, problem, PADDING if padded else "")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checks.grading import DTYPE, Mistakes, Wrong, compare, expect, find
+from checks.grading import DTYPE, CheckFailed, Mistakes, compare, expect, find
 
 NAMES = ("input_feats", "weight", "bias")
 TOL = 1e-8  # of float64
@@ -202,7 +202,7 @@ def backward(
         (1, (case.C_i, case.C_o, case.K, case.K)): "channels in and out are swapped",
         (2, tuple(g.shape[1:])): "the sum over positions is missing",
     }
-    raise Wrong(problem, hints.get((at, shapes[0]), ""))
+    raise CheckFailed(problem, hints.get((at, shapes[0]), ""))
 
 
 def check_numerically(code: ModuleType, which: int) -> None:

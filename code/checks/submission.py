@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
-from checks.grading import TIME_LIMIT, Wrong, expect
+from checks.grading import CPU_LIMIT, CheckFailed, expect
 
 FOLDERS = ("code", "writeup", "results")
 LEAVE = shutil.ignore_patterns(".*", "__pycache__", "data", "logs", "venv")
@@ -41,7 +41,7 @@ def check_project(root: Path) -> list[str]:
 
 def python(folder: Path, *words: str) -> None:
     command = [sys.executable, *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=CPU_LIMIT)
     said = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()
     expect(done.returncode == 0, f"python {' '.join(words)} fails: {said[-1]}")
 
@@ -52,7 +52,7 @@ def check_archive(archive: Path, answer: Path, out: Path) -> list[str]:
             names = file.namelist()
             file.extractall(out)
     except zipfile.BadZipFile as e:
-        raise Wrong(f"{archive.name} is damaged: {e}") from None
+        raise CheckFailed(f"{archive.name} is damaged: {e}") from None
     models = [name for name in names if name.lower().endswith(MODELS)]
     expect(not models, f"{archive.name} holds models: {', '.join(models)}", "leave them out")
     packed = sorted(out.rglob("student_code.py"))
