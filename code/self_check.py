@@ -47,16 +47,9 @@ def _whole(function):
 
 
 # The handout's points for what code shows: convolution 2, attention 2, ViT 2, adversarial samples 2
-RUBRIC = tuple(
+RUBRIC = conv.CHECKS + tuple(
     Check(part, points, name, *_whole(function))
     for part, points, name, function in (
-        ("conv", 0.5, "forward: kernels, strides, paddings, bias", conv.check_forward),
-        ("conv", 0.25, "memory layouts and dtypes", conv.check_layouts),
-        ("conv", 0.375, "gradient of the input", conv.check_input_gradient),
-        ("conv", 0.375, "gradient of the weight", conv.check_weight_gradient),
-        ("conv", 0.125, "gradient of the bias", conv.check_bias_gradient),
-        ("conv", 0.25, "CustomConv2d trains like nn.Conv2d", conv.check_module),
-        ("conv", 0.125, "the CNN runs on CustomConv2d", conv.check_network),
         ("attention", 1.0, "softmax attention, head by head", attention.check_values),
         ("attention", 0.5, "large scores, beside PyTorch's own", attention.check_against_torch),
         ("attention", 0.5, "gradients", attention.check_gradients),
