@@ -17,9 +17,9 @@ from results_file import provenance, write_section
 from small_images import PIXELS
 from torch import nn
 
-import engine
-from adversarial_training import STEPS, AdversarialTraining, ordinary
-from engine import Clock, Place, Tally
+from deepvision.training import engine
+from deepvision.training.engine import Clock, Place, Tally
+from deepvision.training.objectives import STEPS, AdversarialTraining, ordinary
 from student_code import SimpleNet
 from utils import LinearWarmupCosineAnnealingLR
 

@@ -16,9 +16,9 @@ from results_file import provenance, write_section
 from small_images import BATCH, PIXELS, load, train
 from trained import interval
 
-from adversarial_training import AdversarialTraining, ordinary
-from attacks import PGD
-from robustness import accuracy
+from deepvision.attacks.diagnostics import accuracy
+from deepvision.attacks.pgd import PGD
+from deepvision.training.objectives import AdversarialTraining, ordinary
 
 EPSILON = 4.0  # of 255
 TINY = 0.01 * 255 * sum(PIXELS.std) / 3  # 0.01 in the assignment's normalised units

@@ -36,11 +36,11 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "code"))
 
-import checkpoint  # noqa: E402
-from adversarial_training import Watchdog  # noqa: E402
 from custom_dataloader import read_label_file  # noqa: E402
 from custom_transforms import CenterCrop, Compose, Scale  # noqa: E402
-from engine import Tally  # noqa: E402
+from deepvision import checkpoint  # noqa: E402
+from deepvision.training.engine import Tally  # noqa: E402
+from deepvision.training.objectives import Watchdog  # noqa: E402
 from utils import UserError, load_image  # noqa: E402
 
 PATIENCE = 20  # seconds

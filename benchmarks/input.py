@@ -31,8 +31,6 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-import image_cache  # noqa: E402
-from batches import Batches, training_batches  # noqa: E402
 from custom_affine import inscribed_size  # noqa: E402
 from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import (  # noqa: E402
@@ -48,7 +46,9 @@ from custom_transforms import (  # noqa: E402
     Scale,
     ToTensor,
 )
-from engine import Place  # noqa: E402
+from deepvision.data import cache  # noqa: E402
+from deepvision.data.loader import Batches, training_batches  # noqa: E402
+from deepvision.training.engine import Place  # noqa: E402
 
 BATCH = 100
 TENSOR = [ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)]
@@ -144,7 +144,7 @@ def loaders(data: Path, split: str, images: int) -> dict[str, DataLoader]:
         return DataLoader(subset(*way), BATCH, shuffle=True, drop_last=True)
 
     cached = subset(Compose(OURS[split]))
-    image_cache.keep(cached, "ram", 0, torch.device("cpu"))
+    cache.keep(cached, "ram", 0, torch.device("cpu"))
     return {
         "course's way": plain(StepByStep(COURSE[split]), CourseImages),
         "ours, step by step": plain(StepByStep(OURS[split])),

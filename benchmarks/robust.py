@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from trained import best_network, interval, validation_images
 from training import command_of
 
-from adversarial_training import STEPS, AdversarialTraining, ordinary
-from attacks import APGD, PGD, Attack
-from geometry import Pixels
-from robustness import accuracy, budget, health_lights, noisy
-from square_attack import Square
+from deepvision.attacks.diagnostics import accuracy, budget, health_lights, noisy
+from deepvision.attacks.norms import Pixels
+from deepvision.attacks.pgd import APGD, PGD, Attack
+from deepvision.attacks.square import Square
+from deepvision.training.objectives import STEPS, AdversarialTraining, ordinary
 
 
 def attacks(pixels: Pixels, side: int) -> dict[str, Attack]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-import engine  # noqa: E402
-from adversarial_training import Objective  # noqa: E402
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from engine import Clock, Place, Tally  # noqa: E402
-from geometry import Pixels  # noqa: E402
+from deepvision.attacks.norms import Pixels  # noqa: E402
+from deepvision.training import engine  # noqa: E402
+from deepvision.training.engine import Clock, Place, Tally  # noqa: E402
+from deepvision.training.objectives import Objective  # noqa: E402
 from student_code import SimpleNet  # noqa: E402
 from utils import LinearWarmupCosineAnnealingLR, load_image, resize_image  # noqa: E402
 

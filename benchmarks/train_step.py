@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT / "code"))
 from input import COURSE, OURS, CourseImages, StepByStep  # noqa: E402
 from side_by_side import Ways, Work, measure, options, write  # noqa: E402
 
-import engine  # noqa: E402
-from batches import training_batches  # noqa: E402
 from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import Compose  # noqa: E402
-from engine import Clock, Place, Tally  # noqa: E402
+from deepvision.data.loader import training_batches  # noqa: E402
+from deepvision.training import engine  # noqa: E402
+from deepvision.training.engine import Clock, Place, Tally  # noqa: E402
 from student_code import Attention, default_cnn_model, default_vit_model  # noqa: E402
 from utils import AverageMeter, LinearWarmupCosineAnnealingLR  # noqa: E402
 

@@ -18,20 +18,17 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-import arguments
-import checkpoint
-import data_audit
-import distributed
-import image_cache
-import logbook
-import networks
-import recipe
 import student_code
-from batches import worker_death
 from custom_dataloader import MiniPlacesLoader, count_classes
-from engine import Place
-from evaluation import Evaluation
-from trainer import Trainer
+from deepvision import checkpoint, config
+from deepvision.data import audit, cache
+from deepvision.data.loader import worker_death
+from deepvision.evaluation.evaluator import Evaluation
+from deepvision.models import registry
+from deepvision.runtime import distributed, run_logger
+from deepvision.training import optim
+from deepvision.training.engine import Place
+from deepvision.training.trainer import Trainer
 from utils import UserError, from_here
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,12 +59,12 @@ def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dic
     path = args.resume or args.weights
     if not path:
         kind = args.kind or "torch_conv"
-        return kind, networks.build(kind, num_classes, pretrained=True), {}
+        return kind, registry.build(kind, num_classes, pretrained=True), {}
     content = checkpoint.load(path)
     kind = args.kind or content.get("kind")
-    if not isinstance(kind, str) or kind not in networks.BUILDERS:
-        kind = networks.kind_of(content["state_dict"], num_classes)
-    model = networks.build(kind, num_classes)
+    if not isinstance(kind, str) or kind not in registry.BUILDERS:
+        kind = registry.kind_of(content["state_dict"], num_classes)
+    model = registry.build(kind, num_classes)
     checkpoint.load_weights(model, content, path)
     print(f"Loaded {path}: {kind}, epochs done: {content.get('epoch', '?')}.")
     return kind, model, content if args.resume else {}
@@ -82,15 +79,15 @@ def find_checkpoint(args: Namespace) -> str:
         UserError: there is none to evaluate or attack.
     """
     if args.resume == "auto":
-        folder = logbook.newest_run([args.kind] if args.kind else networks.BUILDERS)
+        folder = run_logger.newest_run([args.kind] if args.kind else registry.BUILDERS)
     else:
-        folder = logbook.run_launched_as(distributed.launch())
+        folder = run_logger.run_launched_as(distributed.launch())
     path = folder and checkpoint.newest_good(folder / "models")
     if path:
         return from_here(path)
     if args.evaluate or args.attack:
         raise UserError("--resume=auto: there is no run to look at")
-    place = from_here(folder or logbook.LOGS)
+    place = from_here(folder or run_logger.LOGS)
     print(f"--resume=auto: {place} holds no checkpoint; starting afresh")
     return ""
 
@@ -100,7 +97,7 @@ def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlac
     names = None if args.evaluate or args.attack else checkpoint.left_out(content)
     if args.skip_bad_images and not names:
         print("Reading every image once, to leave out the bad ones")
-        names = data_audit.unreadable(datasets, args.workers)
+        names = audit.unreadable(datasets, args.workers)
     for dataset in datasets:
         dataset.leave_out(names or [])
         for name in dataset.left_out:
@@ -111,7 +108,7 @@ def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlac
 
 def run(args: Namespace) -> int:
     if args.check_data:
-        return data_audit.check(args.data_folder, args.workers)
+        return audit.check(args.data_folder, args.workers)
     device = choose_device(args.gpu, args.use_mps)
     with distributed.together(device):
         return run_on(device, args)
@@ -128,7 +125,7 @@ def run_on(device: torch.device, args: Namespace) -> int:
     if args.resume == "auto" or distributed.restarted() and not args.resume:
         args.resume = distributed.leaders(lambda: find_checkpoint(args))
     kind, model, content = make_network(args, num_classes)
-    recipe.follow(args, kind)
+    optim.follow(args, kind)
     model = place.network(model, args.compile)
     only_look = args.evaluate or args.attack
     transforms = {"val": student_code.get_val_transforms()}
@@ -140,7 +137,7 @@ def run_on(device: torch.device, args: Namespace) -> int:
     }
     leave_out_bad_images(args, content, list(sets.values()))
     for dataset in sets.values():
-        image_cache.keep(dataset, args.cache, args.workers, place.device)
+        cache.keep(dataset, args.cache, args.workers, place.device)
     if only_look:
         return Evaluation(args, model, sets["val"], place).run()
     return Trainer(args, kind, model, content, sets["train"], sets["val"], place).train()
@@ -158,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: torch {torch.__version__} is too old: install 2.6 or later", file=sys.stderr)
         return 1
     try:
-        code = run(arguments.parse(argv))
+        code = run(config.parse(argv))
         sys.stdout.flush()
         return code
     except UserError as e:

@@ -13,12 +13,12 @@ from argparse import Namespace
 from datetime import date
 from pathlib import Path
 
-from arguments import OneLineParser, default_workers
-from checkpoint import write_atomically
-from logbook import LOGS, commit
-from reporting import sections
-from reporting.document import Document, Section, Text
-from reporting.records import read_runs
+from deepvision.checkpoint import write_atomically
+from deepvision.config import OneLineParser, default_workers
+from deepvision.reporting import sections
+from deepvision.reporting.document import Document, Section, Text
+from deepvision.reporting.records import read_runs
+from deepvision.runtime.run_logger import LOGS, commit
 from utils import UserError, from_here
 
 RESULTS = LOGS.parent / "results"

@@ -14,13 +14,15 @@ from small_network import make_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import checkpoint
-import engine
-import logbook
 import main
-import networks
-import trainer
-from adversarial_training import (
+from deepvision import checkpoint
+from deepvision.attacks.norms import Pixels
+from deepvision.attacks.pgd import FGSM, PGD
+from deepvision.models import registry
+from deepvision.runtime import run_logger
+from deepvision.training import engine, trainer
+from deepvision.training.engine import Clock, Place, Tally
+from deepvision.training.objectives import (
     STEPS,
     AdversarialTraining,
     Watchdog,
@@ -28,10 +30,7 @@ from adversarial_training import (
     ordinary,
     robust_accuracy,
 )
-from attacks import FGSM, PGD
-from engine import Clock, Place, Tally
-from geometry import Pixels
-from trainer import Trainer
+from deepvision.training.trainer import Trainer
 from utils import LinearWarmupCosineAnnealingLR
 
 CPU = Place(torch.device("cpu"))
@@ -233,13 +232,13 @@ def tiny(n: int) -> nn.Module:
 @pytest.fixture
 def run(sample_root, tmp_path, monkeypatch, capsys):
     """Words of the command line -> (output, content of checkpoint.pth.tar, run folder)."""
-    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(networks, "BUILDERS", {"torch_conv": tiny})
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(registry, "BUILDERS", {"torch_conv": tiny})
 
     def call(*words: str):
         common = [str(sample_root), "--gpu=-1", "-j=0", "-b=32", "--warmup=1", "--at=fgsm-rs"]
         assert main.main([*common, *words]) == 0
-        folder = logbook.newest_run(["torch_conv"])
+        folder = run_logger.newest_run(["torch_conv"])
         return (
             capsys.readouterr().out,
             checkpoint.load(folder / "models/checkpoint.pth.tar"),

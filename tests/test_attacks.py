@@ -11,8 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attacks import APGD, FGSM, LOSSES, PGD, checkpoints, cosine, fooled, under_attack
-from geometry import Pixels, project, random_start, size, steepest
+from deepvision.attacks.norms import Pixels, project, random_start, size, steepest
+from deepvision.attacks.pgd import (
+    APGD,
+    FGSM,
+    LOSSES,
+    PGD,
+    checkpoints,
+    cosine,
+    fooled,
+    under_attack,
+)
 from student_code import PGDAttack
 
 NORMS = ("linf", "l2", "l1")

@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import logbook
 import main
-import networks
-from batches import EpochBatches
 from custom_dataloader import MiniPlacesLoader, read_label_file
+from deepvision import checkpoint
+from deepvision.data.loader import EpochBatches
+from deepvision.models import registry
+from deepvision.runtime import run_logger
 from utils import MAX_PIXELS, UserError, load_image
 
 CODE = Path(main.__file__).parent
@@ -249,8 +249,8 @@ def data(sample_root, tmp_path):
 
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
-    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
-    monkeypatch.setitem(networks.BUILDERS, "torch_conv", Small)
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
+    monkeypatch.setitem(registry.BUILDERS, "torch_conv", Small)
     return tmp_path / "logs"
 
 
@@ -411,9 +411,9 @@ def disk(tmp_path):
 def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch, where):
     """In mid-run, just before one of the files is written; what was saved is whole."""
     owner, name = {
-        "events": (logbook.Logbook, "step"),
-        "curves": (logbook.Logbook, "point"),
-        "metrics": (logbook, "write_atomically"),
+        "events": (run_logger.Logbook, "step"),
+        "curves": (run_logger.Logbook, "point"),
+        "metrics": (run_logger, "write_atomically"),
         "checkpoint": (checkpoint, "write_atomically"),
     }[where]
     original = getattr(owner, name)
@@ -436,8 +436,8 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
     assert checkpoint.load(last)["epoch"] == 1
     (disk / "filler").unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(logbook, "LOGS", disk)
-    monkeypatch.setitem(networks.BUILDERS, "torch_conv", Small)
+    monkeypatch.setattr(run_logger, "LOGS", disk)
+    monkeypatch.setitem(registry.BUILDERS, "torch_conv", Small)
     assert run(capsys, data, "--epochs=3", "--lr=0.01", "--resume=auto")[0] == 0
 
 

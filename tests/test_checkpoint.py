@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from adversarial_training import Watchdog
-from save_point import SavePoint, parse_interval
+from deepvision import checkpoint
+from deepvision.training.objectives import Watchdog
+from deepvision.training.signals import SavePoint, parse_interval
 from utils import UserError
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import cpu_memory
+from deepvision.runtime import memory
 
-CODE = Path(cpu_memory.__file__).parent
+CODE = Path(memory.__file__).parent
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc's memory is looked after"
@@ -56,14 +56,14 @@ def test_a_place_on_the_cpu_uses_freed_memory_again():
 
 
 FORK = """
-import cpu_memory
-from batches import Batches
+from deepvision.runtime import memory
+from deepvision.data.loader import Batches
 
 class Numbers(torch.utils.data.Dataset):
     def __len__(self): return 2
     def __getitem__(self, index): return torch.zeros(1), index
 
-cpu_memory.keep_freed()
+memory.keep_freed()
 batches = Batches(Numbers(), [[(0, 0)], [(0, 1)]], 0, workers={workers})
 for _ in range(2):
     touch()

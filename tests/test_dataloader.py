@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from batches import EpochBatches, Reproducible, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader, count_classes
 from custom_transforms import (
     IMAGENET_MEAN,
@@ -31,6 +30,7 @@ from custom_transforms import (
     Scale,
     ToTensor,
 )
+from deepvision.data.loader import EpochBatches, Reproducible, training_batches, validation_batches
 from utils import UserError, save_image
 
 NORMALIZE = Normalize(IMAGENET_MEAN, IMAGENET_STD)

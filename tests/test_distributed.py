@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import logbook
 import main
-import networks
-from batches import EpochBatches, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader
-from scene_net import SceneNet
+from deepvision import checkpoint
+from deepvision.data.loader import EpochBatches, training_batches, validation_batches
+from deepvision.models import registry
+from deepvision.models.scene_net import SceneNet
+from deepvision.runtime import run_logger
 from utils import UserError
 
 if not hasattr(os, "fork"):
@@ -67,8 +67,8 @@ def child(words, logs, output, environment):
     os.chdir(CODE)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)
-    logbook.LOGS = logs
-    networks.BUILDERS = BUILDERS
+    run_logger.LOGS = logs
+    registry.BUILDERS = BUILDERS
     sys.argv = ["main.py", *words]
     sys.exit(main.main(words))
 
@@ -210,7 +210,7 @@ MAIN_WITH_A_DEATH = """
 import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))
 from pathlib import Path
 import distributed, logbook, main
-logbook.LOGS = Path(__file__).parent / 'logs'
+run_logger.LOGS = Path(__file__).parent / 'logs'
 mark, count, align = Path(__file__).with_name('killed'), iter(range(9)), distributed.align
 def die_in_epoch_2(model):
     if os.environ['RANK'] == sys.argv[0][-4] and not mark.exists() and next(count) == 1:

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from small_network import make_network
 from torch import nn
 
-import arguments
-import engine
-import networks
-import recipe
-from adversarial_training import STEPS
-from attacks import PGD
-from engine import Clock, Place, Tally
-from geometry import Pixels
+from deepvision import config
+from deepvision.attacks.norms import Pixels
+from deepvision.attacks.pgd import PGD
+from deepvision.models import registry
+from deepvision.training import engine, optim
+from deepvision.training.engine import Clock, Place, Tally
+from deepvision.training.objectives import STEPS
 from utils import LinearWarmupCosineAnnealingLR
 
 CPU = Place(torch.device("cpu"))
@@ -147,16 +146,16 @@ def test_numbers_of_16_bits_train_weights_of_32(amp):
 
 
 @pytest.mark.parametrize("at", [[], *([f"--at={mode}"] for mode in STEPS)], ids=str)
-@pytest.mark.parametrize("kind", networks.BUILDERS)
+@pytest.mark.parametrize("kind", registry.BUILDERS)
 def test_no_step_waits_for_the_device(kind, at):
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
     place = Place(torch.device("meta"))
-    model = place.network(networks.build(kind, 10))
-    args = arguments.parse([".", *at, "--warmup=1"])
-    recipe.follow(args, kind)
-    adversary = recipe.make_adversary(args, total_steps=4)
-    optimizer = recipe.make_optimizer(args, kind, model, place)
-    scheduler = recipe.make_schedule(args, optimizer, 4, 0)
+    model = place.network(registry.build(kind, 10))
+    args = config.parse([".", *at, "--warmup=1"])
+    optim.follow(args, kind)
+    adversary = optim.make_adversary(args, total_steps=4)
+    optimizer = optim.make_optimizer(args, kind, model, place)
+    scheduler = optim.make_schedule(args, optimizer, 4, 0)
     batches = [(torch.randn(2, 3, 128, 128), torch.tensor([3, 5]))] * 4
     steps = engine.train_epoch(
         model,
@@ -169,7 +168,7 @@ def test_no_step_waits_for_the_device(kind, at):
         Clock(),
         seed=1,
         clip_grad=args.clip_grad,
-        objective=recipe.make_objective(args, adversary, 10),
+        objective=optim.make_objective(args, adversary, 10),
     )
     assert len(list(steps)) == 4
     tallies = Tally(place.device), Tally(place.device)
@@ -182,10 +181,10 @@ def test_a_first_step_that_overflows_leaves_no_trace():
     for losses in ([float("inf"), 1.0, 1.0], [1.0, 1.0]):
         model = nn.Linear(500, 300, bias=False)
         nn.init.constant_(model.weight, 0.5)
-        args = arguments.parse([".", "--lr=0.1"])
-        recipe.follow(args, "torch_conv")
+        args = config.parse([".", "--lr=0.1"])
+        optim.follow(args, "torch_conv")
         place = SimpleNamespace(device=torch.device("cuda"))
-        optimizer, scaler = recipe.make_optimizer(args, "torch_conv", model, place), make_scaler()
+        optimizer, scaler = optim.make_optimizer(args, "torch_conv", model, place), make_scaler()
         for loss in losses:
             optimizer.zero_grad()
             scaler.scale(loss * model.weight.sum()).backward()

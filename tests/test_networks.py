@@ -14,7 +14,7 @@ from torch import nn
 
 import student_code
 from custom_blocks import MLP, DropPath, PatchEmbed, drop_path, trunc_normal_
-from engine import Place
+from deepvision.training.engine import Place
 from student_code import SimpleNet, SimpleViT
 from utils import UserError
 

@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-import checkpoint
-import event_file
 import report
 import student_code
 from custom_dataloader import MiniPlacesLoader
-from engine import Scores
-from logbook import Logbook
-from reporting import figures, inspection, records, sections
-from reporting.inspection import Answers
+from deepvision import checkpoint
+from deepvision.reporting import figures, analysis, records, sections
+from deepvision.reporting.analysis import Answers
+from deepvision.runtime import event_file
+from deepvision.runtime.run_logger import Logbook
+from deepvision.training.engine import Scores
 from utils import UserError, load_image
 
 NAMES = ["beach", "bridge", "city", "corridor", "desert", "field", "forest"]
@@ -213,7 +213,7 @@ def test_most_confused_pairs_and_their_examples(answers):
 
 def test_the_networks_answers_are_those_to_single_images(sample_root):
     model = network(4).eval()
-    found = inspection.Validation(sample_root, 0).ask(model, "net")
+    found = analysis.Validation(sample_root, 0).ask(model, "net")
     dataset = MiniPlacesLoader(sample_root, None, 10, "val")
     transform = student_code.get_val_transforms()
     for k in range(0, len(dataset), 7):
@@ -227,11 +227,11 @@ def test_the_networks_answers_are_those_to_single_images(sample_root):
 
 def test_flops_by_hand():
     conv = nn.Conv2d(3, 8, 5, stride=2, padding=2)  # 64 x 64 outputs of 8 channels
-    assert inspection.count_flops(conv) == 2 * 64 * 64 * 8 * (3 * 5 * 5)
+    assert analysis.count_flops(conv) == 2 * 64 * 64 * 8 * (3 * 5 * 5)
     dense = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 7))
-    assert inspection.count_flops(dense) == 2 * 7 * 3 * 128 * 128
+    assert analysis.count_flops(dense) == 2 * 7 * 3 * 128 * 128
     ours = student_code.SimpleNet(student_code.CustomConv2d)
-    assert inspection.count_flops(ours) == inspection.count_flops(student_code.SimpleNet())
+    assert analysis.count_flops(ours) == analysis.count_flops(student_code.SimpleNet())
 
 
 def test_smoothing_is_a_weighted_mean_of_what_came_before():

@@ -9,11 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import robustness
-from attacks import PGD
-from geometry import Pixels, size
-from robustness import budget, describe, health_lights, noisy, sweep, table, vanished, wilson
-from square_attack import Square
+from deepvision.attacks import diagnostics
+from deepvision.attacks.diagnostics import (
+    budget,
+    describe,
+    health_lights,
+    noisy,
+    sweep,
+    table,
+    vanished,
+    wilson,
+)
+from deepvision.attacks.norms import Pixels, size
+from deepvision.attacks.pgd import PGD
+from deepvision.attacks.square import Square
 
 PIXELS = Pixels("255", (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in (PIXELS.mean, PIXELS.std))
@@ -193,8 +202,8 @@ def test_budgets_in_both_units():
 
 
 def test_a_sweep_is_the_attack_at_each_pair(data, monkeypatch):
-    monkeypatch.setattr(robustness, "STEPS", (1, 5))
-    monkeypatch.setattr(robustness, "FACTORS", (4, 16))
+    monkeypatch.setattr(diagnostics, "STEPS", (1, 5))
+    monkeypatch.setattr(diagnostics, "FACTORS", (4, 16))
     model, (x, y) = Healthy(), data
     points = list(sweep(model, x, y, pgd()))
     expected = [(0, 0, left(model, x, y))]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import pictures
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from saliency import grad_cam, saliency
+from deepvision.evaluation import pictures
+from deepvision.evaluation.saliency import grad_cam, saliency
 from student_code import CustomConv2d, SimpleNet, SimpleViT
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))

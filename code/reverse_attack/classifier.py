@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import logbook
-import networks
-import resnets
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
+from deepvision import checkpoint
+from deepvision.models import registry
+from deepvision.runtime import run_logger
+from reverse_attack import resnets
 from utils import UserError, from_here
 
 UNUSED = "sub_block1."  # a block that the public checkpoint holds and its network never runs
@@ -84,7 +84,7 @@ def kind(task: str, dataset: str, arch: str) -> str:
 
 def newest(kinds: Sequence[str]) -> list[Path]:
     """The best checkpoints of all runs of these kinds, the run begun last first."""
-    runs = [f for f in logbook.LOGS.glob("*_exp_*") if f.name.partition("_exp_")[0] in kinds]
+    runs = [f for f in run_logger.LOGS.glob("*_exp_*") if f.name.partition("_exp_")[0] in kinds]
     runs.sort(key=lambda f: f.name.partition("_exp_")[2], reverse=True)
     return [path for run in runs if (path := run / "models" / checkpoint.BEST).is_file()]
 
@@ -124,11 +124,11 @@ def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> Trained
     content = checkpoint.load(path)
     found = content.get("kind")
     if not isinstance(found, str) and "task" not in content:  # perhaps an old file of main.py
-        likely = networks.kind_of(content["state_dict"], num_classes)
-        if not checkpoint.misfits(networks.build(likely, num_classes), content["state_dict"]):
+        likely = registry.kind_of(content["state_dict"], num_classes)
+        if not checkpoint.misfits(registry.build(likely, num_classes), content["state_dict"]):
             found = likely
-    if isinstance(found, str) and found in networks.BUILDERS:
-        arch, net = found, networks.build(found, num_classes)
+    if isinstance(found, str) and found in registry.BUILDERS:
+        arch, net = found, registry.build(found, num_classes)
         model = Classifier(net, IMAGENET_MEAN, IMAGENET_STD, bf16)
     else:
         model = Classifier(net := resnets.build(arch, num_classes), bf16=bf16)

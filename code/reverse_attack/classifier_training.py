@@ -7,18 +7,16 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-import checkpoint
-import classifier
-import data
-import engine
-import resnets
-from adversarial_training import STEPS, AdversarialTraining, Objective, ordinary
-from attacks import PGD, Attack
-from classifier import Classifier
-from engine import Clock, Place, Scores, Tally
-from geometry import Pixels
-from logbook import Console, Logbook, new_run
-from options import choose_device, write_config
+from deepvision import checkpoint
+from deepvision.attacks.norms import Pixels
+from deepvision.attacks.pgd import PGD, Attack
+from deepvision.runtime.run_logger import Console, Logbook, new_run
+from deepvision.training import engine
+from deepvision.training.engine import Clock, Place, Scores, Tally
+from deepvision.training.objectives import STEPS, AdversarialTraining, Objective, ordinary
+from reverse_attack import classifier, data, resnets
+from reverse_attack.classifier import Classifier
+from reverse_attack.options import choose_device, write_config
 from utils import from_here
 
 LEVELS = Pixels("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

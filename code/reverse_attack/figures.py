@@ -16,21 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import _path  # noqa: F401
-import classifier
-import data
-import head_training
-import heads
-import logbook
-import options
-from arguments import at_least
-from attack_sets import NORMS
-from attacks import PGD, cross_entropy
-from checkpoint import write_atomically
-from classifier import Classifier
-from contrastive import SIMILARITIES, ContrastiveLoss
-from reversal import BUDGETS, Reversal, pixels_of
-from robustness import wilson
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deepvision.attacks.diagnostics import wilson
+from deepvision.attacks.pgd import PGD, cross_entropy
+from deepvision.checkpoint import write_atomically
+from deepvision.config import at_least
+from deepvision.runtime import run_logger
+from reverse_attack import classifier, data, head_training, heads, options
+from reverse_attack.attack_sets import NORMS
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import SIMILARITIES, ContrastiveLoss
+from reverse_attack.reversal import BUDGETS, Reversal, pixels_of
 from utils import UserError, from_here
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -198,9 +196,9 @@ def heads_compared(subject: Subject) -> list[dict]:
 FIGURES = {f.__name__: f for f in (iterations, loss_curve, vectors, loss_histogram, heads_compared)}
 
 
-def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook) -> None:
+def draw(subject: Subject, names: list[str], folder: Path, book: run_logger.Logbook) -> None:
     """Measure and plot these figures; each becomes a PNG and a picture in TensorBoard."""
-    import plots
+    from reverse_attack import plots
 
     plotted = {
         "iterations": lambda found: plots.iterations(found, ITERATIONS),
@@ -242,8 +240,8 @@ def figures(args: Namespace) -> None:
         images.y.to(device),
         device,
     )
-    folder = logbook.run_of(trained.path) or logbook.new_run("figures")
-    with logbook.Logbook(folder) as book:
+    folder = run_logger.run_of(trained.path) or run_logger.new_run("figures")
+    with run_logger.Logbook(folder) as book:
         draw(subject, args.only, args.results, book)
     there, events = map(from_here, (args.results, folder))
     print(f"Pictures: {there}; tensorboard --logdir={events}")

@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import classifier
-import data
-import heads
-from classifier import Classifier
-from contrastive import Head, chance, info_nce
-from logbook import Logbook, new_run
-from options import choose_device, write_config
+from deepvision import checkpoint
+from deepvision.runtime.run_logger import Logbook, new_run
+from reverse_attack import classifier, data, heads
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import Head, chance, info_nce
+from reverse_attack.options import choose_device, write_config
+from reverse_attack.views import views
 from utils import from_here
-from views import views
 
 JUDGED_BATCH = 512  # held-out images that are each other's negatives, whatever --batchsize
 BANK = 512  # clean images whose features are the fixed negatives

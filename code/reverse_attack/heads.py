@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import classifier
-from classifier import Trained
-from contrastive import SIMILARITIES, ContrastiveLoss, Head
+from deepvision import checkpoint
+from reverse_attack import classifier
+from reverse_attack.classifier import Trained
+from reverse_attack.contrastive import SIMILARITIES, ContrastiveLoss, Head
 from utils import UserError, from_here
 
 

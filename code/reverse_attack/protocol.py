@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adaptive import DefenceAware, Defended
-from attacks import APGD, LOSSES, PGD, Attack, cross_entropy
-from classifier import Classifier
-from contrastive import ContrastiveLoss
-from reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
-from square_attack import Square
+from deepvision.attacks.pgd import APGD, LOSSES, PGD, Attack, cross_entropy
+from deepvision.attacks.square import Square
+from reverse_attack.adaptive import DefenceAware, Defended
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import ContrastiveLoss
+from reverse_attack.reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
 
 WEIGHTS = (1.0, 10.0)  # lambda of the defence-aware attacks
 BPDA = "BPDA + EOT"

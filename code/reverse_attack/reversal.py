@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks import PGD
-from geometry import Pixels, random_start
+from deepvision.attacks.norms import Pixels, random_start
+from deepvision.attacks.pgd import PGD
 
 # The budgets of the attacks: of [0, 255] in l_inf, of [0, 1] in the others
 BUDGETS = {"linf": 8.0, "l2": 0.5, "l1": 12.0}

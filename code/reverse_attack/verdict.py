@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import write_atomically
-from intervals import Paired
-from protocol import BPDA, Cost, Result, Table
-from robustness import wilson
+from deepvision.attacks.diagnostics import wilson
+from deepvision.checkpoint import write_atomically
+from reverse_attack.intervals import Paired
+from reverse_attack.protocol import BPDA, Cost, Result, Table
 from utils import from_here
 
 LEVEL = 0.05  # of significance

@@ -16,11 +16,11 @@ import torch
 from tensorboard.plugins.hparams.summary_v2 import Metric
 from torch import Tensor
 
-import distributed
-from checkpoint import write_atomically
-from engine import Clock, Scores
-from event_file import EventFile
-from progress_bar import print_above, progress_bar
+from deepvision.checkpoint import write_atomically
+from deepvision.runtime import distributed
+from deepvision.runtime.console import print_above, progress_bar
+from deepvision.runtime.event_file import EventFile
+from deepvision.training.engine import Clock, Scores
 from utils import UserError, from_here
 
 try:
@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows: two processes may write to one run
     fcntl = None
 
-LOGS = Path(__file__).resolve().parent.parent / "logs"
+LOGS = Path(__file__).resolve().parents[3] / "logs"
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
 BEST = "data/top1_accuracy", "best"  # the curve of the best validation accuracy so far
 # With network and at they are TensorBoard's columns; it shows the first five by the alphabet

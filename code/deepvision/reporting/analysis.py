@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import student_code
-from batches import validation_batches
 from custom_dataloader import MiniPlacesLoader, count_classes
+from deepvision.data.loader import validation_batches
 from utils import UserError
 
 IMAGE = (1, 3, 128, 128)

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from batches import validation_batches
 from custom_affine import Affine, compose
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import AUGMENTATION, FUSED, Compose, sample_warp
-from progress_bar import progress_bar
+from deepvision.data.loader import validation_batches
+from deepvision.runtime.console import progress_bar
 from utils import UserError
 
 try:

@@ -13,15 +13,15 @@ import torch
 from matplotlib.figure import Figure as Drawing
 from torch import Tensor, nn
 
-import checkpoint
-import pictures
 import student_code
-from logbook import HYPERPARAMETERS
-from reporting import figures
-from reporting.document import Figure, Section, Table, Text
-from reporting.inspection import Answers, Validation, count_flops, count_parameters
-from reporting.records import Run
-from saliency import grad_cam, saliency
+from deepvision import checkpoint
+from deepvision.evaluation import pictures
+from deepvision.evaluation.saliency import grad_cam, saliency
+from deepvision.reporting import figures
+from deepvision.reporting.analysis import Answers, Validation, count_flops, count_parameters
+from deepvision.reporting.document import Figure, Section, Table, Text
+from deepvision.reporting.records import Run
+from deepvision.runtime.run_logger import HYPERPARAMETERS
 from utils import UserError, from_here
 
 NOT_TOLD = "–"

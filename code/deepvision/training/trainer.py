@@ -13,18 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-import checkpoint
-import distributed
-import engine
-import logbook
-import recipe
-from adversarial_training import Watchdog, robust_accuracy
-from attacks import PGD
-from batches import held_out_batch, training_batches, validation_batches
-from checkpoint import Progress
-from engine import Clock, Place, Scores, Tally
-from logbook import Console
-from save_point import SavePoint
+from deepvision import checkpoint
+from deepvision.attacks.pgd import PGD
+from deepvision.checkpoint import Progress
+from deepvision.data.loader import held_out_batch, training_batches, validation_batches
+from deepvision.runtime import distributed, run_logger
+from deepvision.runtime.run_logger import Console
+from deepvision.training import engine, optim
+from deepvision.training.engine import Clock, Place, Scores, Tally
+from deepvision.training.objectives import Watchdog, robust_accuracy
+from deepvision.training.signals import SavePoint
 from utils import UserError, from_here
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names
@@ -57,7 +55,7 @@ class Trainer:
             train_set, args.batch_size, args.seed, args.workers, pin, share
         )
         self.val_batches = validation_batches(val_set, args.workers, pin, share)
-        self.optimizer = recipe.make_optimizer(args, kind, model, place)
+        self.optimizer = optim.make_optimizer(args, kind, model, place)
         self.scaler = place.scaler()
         order = {"-b": args.batch_size, "--seed": args.seed, "images": fingerprint(train_set)}
         self.progress = Progress(args.start_epoch, order=order)
@@ -68,13 +66,13 @@ class Trainer:
             checkpoint.load_scaler(self.scaler, content)
         steps, total = len(self.batches), args.epochs * len(self.batches)
         done = self.progress.epoch * steps + self.progress.position
-        self.scheduler = recipe.make_schedule(args, self.optimizer, steps, done)
-        self.average = recipe.make_average(args, model, total, done)
+        self.scheduler = optim.make_schedule(args, self.optimizer, steps, done)
+        self.average = optim.make_average(args, model, total, done)
         self.network = self.average.module if self.average else model
         if content.get("trained") is not None:
             checkpoint.load_weights(model, content, args.resume, "trained")
-        self.adversary = recipe.make_adversary(args, total)
-        self.objective = recipe.make_objective(args, self.adversary, val_set.num_classes)
+        self.adversary = optim.make_adversary(args, total)
+        self.objective = optim.make_objective(args, self.adversary, val_set.num_classes)
         if self.adversary:
             self.held_out = held_out_batch(val_set, HELD_OUT)
             self.watchdog = Watchdog(chance=100 / val_set.num_classes)
@@ -88,12 +86,12 @@ class Trainer:
         if progress.epoch >= args.epochs:
             print(f"This run has done {progress.epoch} epochs: raise --epochs to go on.")
             return 0
-        own = logbook.run_of(self.resumed_from) if self.resumed_from else None
-        self.folder = own or logbook.new_run(self.kind)
+        own = run_logger.run_of(self.resumed_from) if self.resumed_from else None
+        self.folder = own or run_logger.new_run(self.kind)
         self.models = self.folder / "models"
         print(f"Logs and checkpoints: {from_here(self.folder)}")
         with (
-            logbook.open_logbook(
+            run_logger.open_logbook(
                 self.folder, self.scheduler.last_epoch, progress.epoch
             ) as self.book,
             SavePoint(args.save_every) as self.point,
@@ -176,7 +174,7 @@ class Trainer:
         if val is None:
             self._save_last()
             return False
-        print(logbook.final_line(val))
+        print(run_logger.final_line(val))
         train = Scores.of(*progress.tally[:4])
         robust = self._measure_robustness() if self.adversary else {}
         progress.epoch, progress.position, progress.tally = progress.epoch + 1, 0, []
@@ -232,7 +230,7 @@ class Trainer:
         collapsed = epsilon > 0 and self.watchdog.collapsed(self.network, robust, epoch)
         if collapsed:
             self.model.load_state_dict(self.network.state_dict())
-            recipe.forget(self.optimizer)  # it remembers the way into the collapse
+            optim.forget(self.optimizer)  # it remembers the way into the collapse
             print(
                 f"Catastrophic overfitting: robust accuracy fell from {self.watchdog.best:.1f}; "
                 f"the weights of epoch {self.watchdog.epoch} are restored. If it comes again, "

@@ -6,7 +6,7 @@ import re
 import signal
 import time
 
-import distributed
+from deepvision.runtime import distributed
 
 
 class SavePoint:

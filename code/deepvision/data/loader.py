@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-import cpu_memory
+from deepvision.runtime import memory
 from utils import UserError
 
 VALIDATION_BATCH = 100
@@ -139,7 +139,7 @@ class Batches(DataLoader):
 
     def __iter__(self) -> Iterator:
         if self.forks:
-            cpu_memory.give_back_freed()
+            memory.give_back_freed()
             self.forks = False  # the workers stay
         try:
             for batch in super().__iter__():

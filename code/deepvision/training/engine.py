@@ -17,9 +17,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-import cpu_memory
-import distributed
-from adversarial_training import Objective, ordinary
+from deepvision.runtime import distributed, memory
+from deepvision.training.objectives import Objective, ordinary
 from utils import AverageMeter, UserError
 
 try:
@@ -43,7 +42,7 @@ class Place:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32; convolutions have it by default
         if self.device.type == "cpu":
-            cpu_memory.keep_freed()
+            memory.keep_freed()
 
     def network(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """`model` itself, moved here; its parameters, their names and its logits stay float32."""

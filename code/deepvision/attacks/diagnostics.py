@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks import PGD, Attack, under_attack
-from geometry import random_start
-from square_attack import Square
+from deepvision.attacks.norms import random_start
+from deepvision.attacks.pgd import PGD, Attack, under_attack
+from deepvision.attacks.square import Square
 
 EPSILONS = {"linf": 4, "l2": 512, "l1": 10240}  # of 255; in l_2 that is 2, in l_1 40, of [0, 1]
 FACTORS = (1, 2, 4, 8, 16)  # quarters of it are the grid's ε: whole numbers, as curves need

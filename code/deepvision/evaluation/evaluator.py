@@ -10,21 +10,20 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-import distributed
-import engine
-import logbook
-import pictures
-import robustness
 import student_code
-from attacks import PGD
-from batches import held_out_batch, validation_batches
-from checkpoint import write_atomically
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from engine import Clock, Place, Scores, Tally
-from geometry import Pixels
-from logbook import Console, Logbook, final_line
-from saliency import grad_cam, saliency
+from deepvision.attacks import diagnostics
+from deepvision.attacks.norms import Pixels
+from deepvision.attacks.pgd import PGD
+from deepvision.checkpoint import write_atomically
+from deepvision.data.loader import held_out_batch, validation_batches
+from deepvision.evaluation import pictures
+from deepvision.evaluation.saliency import grad_cam, saliency
+from deepvision.runtime import distributed, run_logger
+from deepvision.runtime.run_logger import Console, Logbook, final_line
+from deepvision.training import engine
+from deepvision.training.engine import Clock, Place, Scores, Tally
 from utils import from_here
 
 DIFFERENCE_FACTOR = 10
@@ -53,9 +52,9 @@ class Evaluation:
         """That of the run that was trained, where there are pictures or curves to keep."""
         if not (self.args.vis or self.args.sweep):
             return contextlib.nullcontext()
-        folder = logbook.run_of(self.args.resume) or logbook.new_run("evaluation")
+        folder = run_logger.run_of(self.args.resume) or run_logger.new_run("evaluation")
         print(f"Pictures: tensorboard --logdir={from_here(folder)}")
-        return logbook.open_logbook(folder)
+        return run_logger.open_logbook(folder)
 
     # ---- -e
 
@@ -108,7 +107,7 @@ class Evaluation:
                     console.test_line(i, clock, *adversarial.read())
                     if self.args.vis:
                         self._show_attack(x, x_adv, y, i)
-        words = robustness.describe(attack) if attack else budget_of(student)
+        words = diagnostics.describe(attack) if attack else budget_of(student)
         self._conclude(
             self._probe(attack) if attack else {},
             clean=("Clean images:", clean.read()[1]),
@@ -141,19 +140,19 @@ class Evaluation:
         x, y = self.place.images(x), self.place.labels(y)
         print(f"Health lights ({len(y)} images; accuracies in per cent):")
         lights = []
-        for light in robustness.health_lights(self.model, x, y, attack):
+        for light in diagnostics.health_lights(self.model, x, y, attack):
             print(light.line(), flush=True)
             lights.append(asdict(light))
-        found = {"attack": robustness.describe(attack), "probed": len(y), "lights": lights}
+        found = {"attack": diagnostics.describe(attack), "probed": len(y), "lights": lights}
         return found | ({"sweep": self._sweep(x, y, attack)} if self.args.sweep else {})
 
     def _sweep(self, x: Tensor, y: Tensor, attack: PGD) -> list[dict]:
         points = []
-        for epsilon, steps, accuracy in robustness.sweep(self.model, x, y, attack):
+        for epsilon, steps, accuracy in diagnostics.sweep(self.model, x, y, attack):
             points.append((epsilon, steps, accuracy))
-            for curve in [steps] if steps else robustness.STEPS:  # all begin at the clean accuracy
+            for curve in [steps] if steps else diagnostics.STEPS:  # all begin at the clean accuracy
                 self.book.point("robustness/top1_accuracy", f"{curve}_steps", accuracy, epsilon)
-        text = robustness.table(attack.norm, points, len(y))
+        text = diagnostics.table(attack.norm, points, len(y))
         print(text)
         self.book.text("robustness/sweep", text)
         write_atomically(self.book.folder / "sweep.md", f"{text}\n".encode())
@@ -170,8 +169,8 @@ class Evaluation:
         for name, (title, scores) in findings.items():
             print(title, final_line(scores), sep="\n")
             row |= {f"{name}_top1": scores.acc1, f"{name}_top5": scores.acc5}
-        if folder := logbook.run_of(self.args.resume):
-            logbook.add_evaluation(folder, **row, **more)
+        if folder := run_logger.run_of(self.args.resume):
+            run_logger.add_evaluation(folder, **row, **more)
 
 
 def attack_of(args: Namespace) -> PGD | None:
@@ -186,7 +185,7 @@ def attack_of(args: Namespace) -> PGD | None:
     if not (given or args.attack_norm or args.attack_eps is not None or args.sweep):
         return None
     norm = args.attack_norm or "linf"
-    epsilon = robustness.EPSILONS[norm] if args.attack_eps is None else args.attack_eps
+    epsilon = diagnostics.EPSILONS[norm] if args.attack_eps is None else args.attack_eps
     pixels = Pixels("255", IMAGENET_MEAN, IMAGENET_STD)
     return PGD(norm=norm, epsilon=epsilon, pixels=pixels, **given)
 

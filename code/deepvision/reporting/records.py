@@ -18,12 +18,12 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import checkpoint
-import networks
-from logbook import OF_THE_MACHINE
+from deepvision import checkpoint
+from deepvision.models import registry
+from deepvision.runtime.run_logger import OF_THE_MACHINE
 from utils import UserError
 
-CODE = Path(__file__).resolve().parent.parent
+CODE = Path(__file__).resolve().parents[2]
 LOSS, RATE = "data/training_loss", "data/learning_rate"
 ACCURACIES = ("top1_accuracy", "top5_accuracy")
 PARTS = ("train", "val")
@@ -118,9 +118,9 @@ class Run:
             raise UserError(f"{self.folder / 'models'} holds no checkpoint that can be read")
         content = checkpoint.load(path)
         kind, classes = content.get("kind"), num_classes(content["state_dict"])
-        if not isinstance(kind, str) or kind not in networks.BUILDERS:
-            kind = networks.kind_of(content["state_dict"], classes)
-        model = networks.build(kind, classes)
+        if not isinstance(kind, str) or kind not in registry.BUILDERS:
+            kind = registry.kind_of(content["state_dict"], classes)
+        model = registry.build(kind, classes)
         checkpoint.load_weights(model, content, path)
         return model.eval()
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from adversarial_training import STEPS, AdversarialTraining, Losses, Objective, ordinary
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from engine import Place
-from geometry import Pixels
+from deepvision.attacks.norms import Pixels
+from deepvision.training.engine import Place
+from deepvision.training.objectives import STEPS, AdversarialTraining, Losses, Objective, ordinary
 from utils import LinearWarmupCosineAnnealingLR
 
 COURSE = {

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import distributed
-from adversarial_training import Watchdog
+from deepvision.runtime import distributed
+from deepvision.training.objectives import Watchdog
 from utils import UserError
 
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"

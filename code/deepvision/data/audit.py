@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 
-from batches import obey_the_trainer
 from custom_dataloader import MAX_CLASSES, MiniPlacesLoader
-from progress_bar import progress_bar
+from deepvision.data.loader import obey_the_trainer
+from deepvision.runtime.console import progress_bar
 from utils import UserError, load_image
 
 SHOWN = 20  # problems told one by one

@@ -6,10 +6,10 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 
-from adversarial_training import STEPS
-from recipe import COURSE, SCENE_NET
-from robustness import EPSILONS
-from save_point import parse_interval
+from deepvision.attacks.diagnostics import EPSILONS
+from deepvision.training.objectives import STEPS
+from deepvision.training.optim import COURSE, SCENE_NET
+from deepvision.training.signals import parse_interval
 
 KIND_FLAGS = {
     "use_custom_conv": "custom_conv",

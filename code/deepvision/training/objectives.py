@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks import FGSM, PGD, under_attack
-from geometry import Pixels, project, random_start, steepest
+from deepvision.attacks.norms import Pixels, project, random_start, steepest
+from deepvision.attacks.pgd import FGSM, PGD, under_attack
 
 Losses = Iterator[tuple[Tensor, Tensor]]  # (logits (N, K), loss ()), one for each step
 Objective = Callable[[nn.Module, nn.Module, Tensor, Tensor, int], Losses]

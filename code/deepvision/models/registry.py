@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import student_code
-from checkpoint import misfits
-from scene_net import SceneNet
+from deepvision.checkpoint import misfits
+from deepvision.models.scene_net import SceneNet
 from utils import UserError
 
 

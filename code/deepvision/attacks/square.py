@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks import Attack, fooled, select
-from geometry import column, draw, size
+from deepvision.attacks.norms import column, draw, size
+from deepvision.attacks.pgd import Attack, fooled, select
 
 # Halve the share of pixels at these iterations of 10,000 (section 3, "schedule")
 HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks import under_attack
+from deepvision.attacks.pgd import under_attack
 
 
 def saliency(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geometry import ORDER, Pixels, column, draw, project, random_start, steepest
+from deepvision.attacks.norms import ORDER, Pixels, column, draw, project, random_start, steepest
 
 GOALS = ("untargeted", "target", "least_likely", "random")
 

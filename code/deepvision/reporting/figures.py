@@ -11,8 +11,8 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reporting.inspection import Answers
-from reporting.records import Curve, Run
+from deepvision.reporting.analysis import Answers
+from deepvision.reporting.records import Curve, Run
 
 WIDTH, DPI = 9.0, 160  # inches of a figure as wide as the text
 PICTURE, PICTURE_DPI = 1.0, 128  # inches of a photograph: its 128 pixels are drawn one to one
