@@ -47,25 +47,21 @@ def _whole(function):
 
 
 # The handout's points for what code shows: convolution 2, attention 2, ViT 2, adversarial samples 2
-RUBRIC = conv.CHECKS + tuple(
-    Check(part, points, name, *_whole(function))
-    for part, points, name, function in (
-        ("attention", 1.0, "softmax attention, head by head", attention.check_values),
-        ("attention", 0.5, "large scores, beside PyTorch's own", attention.check_against_torch),
-        ("attention", 0.5, "gradients", attention.check_gradients),
-        ("blocks", 0.125, "windows cut and put together", blocks.check_windows),
-        ("blocks", 0.25, "residual branches, global attention", blocks.check_block),
-        ("blocks", 0.375, "attention within windows", blocks.check_windowed_block),
-        ("vit", 0.375, "shapes, one image or many", vit.check_shapes),
-        ("vit", 0.25, "every parameter is used", vit.check_parameters),
-        ("vit", 0.375, "learns a small batch", vit.check_learning),
-        ("vit", 0.25, "networks survive a checkpoint", vit.check_checkpoint),
-        ("attack", 0.25, "stays within epsilon", attack.check_ball),
-        ("attack", 0.5, "approaches the least likely label", attack.check_direction),
-        ("attack", 0.25, "stronger than noise", attack.check_strength),
-        ("attack", 0.5, "steps: their size, more of them", attack.check_steps),
-        ("attack", 0.25, "network and images as before", attack.check_state),
-        ("attack", 0.25, "fit for adversarial training (the bonus)", attack.check_training),
+RUBRIC = (
+    conv.CHECKS
+    + attention.CHECKS
+    + blocks.CHECKS
+    + vit.CHECKS
+    + tuple(
+        Check(part, points, name, *_whole(function))
+        for part, points, name, function in (
+            ("attack", 0.25, "stays within epsilon", attack.check_ball),
+            ("attack", 0.5, "approaches the least likely label", attack.check_direction),
+            ("attack", 0.25, "stronger than noise", attack.check_strength),
+            ("attack", 0.5, "steps: their size, more of them", attack.check_steps),
+            ("attack", 0.25, "network and images as before", attack.check_state),
+            ("attack", 0.25, "fit for adversarial training (the bonus)", attack.check_training),
+        )
     )
 )
 SUBMISSION = Check("submission", 0.0, "zip, unpack, import", *_whole(submission.check_zip))

@@ -569,7 +569,7 @@ CHECKS = (
     Check(
         "conv",
         0.125,
-        "forward and backward without a bias",
+        "without a bias: forward and backward",
         probe_without_bias,
         judge_without_bias,
         "custom_conv2d with bias=None, which CustomConv2d(bias=False) passes: output and gradients "
