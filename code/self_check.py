@@ -47,23 +47,7 @@ def _whole(function):
 
 
 # The handout's points for what code shows: convolution 2, attention 2, ViT 2, adversarial samples 2
-RUBRIC = (
-    conv.CHECKS
-    + attention.CHECKS
-    + blocks.CHECKS
-    + vit.CHECKS
-    + tuple(
-        Check(part, points, name, *_whole(function))
-        for part, points, name, function in (
-            ("attack", 0.25, "stays within epsilon", attack.check_ball),
-            ("attack", 0.5, "approaches the least likely label", attack.check_direction),
-            ("attack", 0.25, "stronger than noise", attack.check_strength),
-            ("attack", 0.5, "steps: their size, more of them", attack.check_steps),
-            ("attack", 0.25, "network and images as before", attack.check_state),
-            ("attack", 0.25, "fit for adversarial training (the bonus)", attack.check_training),
-        )
-    )
-)
+RUBRIC = conv.CHECKS + attention.CHECKS + blocks.CHECKS + vit.CHECKS + attack.CHECKS
 SUBMISSION = Check("submission", 0.0, "zip, unpack, import", *_whole(submission.check_zip))
 PARTS = tuple(dict.fromkeys(check.part for check in (*RUBRIC, SUBMISSION)))
 IMPORT_LIMIT = 4 * CPU_LIMIT
