@@ -38,7 +38,7 @@ from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
 from deepvision import checkpoint  # noqa: E402
 from deepvision.data.loader import validation_batches  # noqa: E402
 from deepvision.models import registry  # noqa: E402
-from deepvision.models.scene_net import Block, SceneNet, convolution  # noqa: E402
+from deepvision.models.scene_net import Block, SceneNet, conv_bn  # noqa: E402
 from deepvision.runtime import run_logger  # noqa: E402
 from deepvision.training import optim  # noqa: E402
 from student_code import SimpleNet, get_val_transforms  # noqa: E402
@@ -60,7 +60,7 @@ class Variant:
     build: Callable[[int], nn.Module]
     flags: tuple[str, ...] = ()
     kind: str = "scene_net"
-    groups: Callable[[nn.Module], Iterable] = optim.decayed_and_not
+    groups: Callable[[nn.Module], Iterable] = optim.weight_decay_groups
 
 
 def with_batch_norm(classes: int) -> nn.Module:
@@ -118,7 +118,7 @@ def strided(classes: int) -> SceneNet:
         if isinstance(layer, nn.MaxPool2d):
             block, net.features[i] = net.features[i + 1], nn.Identity()
             if isinstance(block.shortcut, nn.Identity):  # the first stage's
-                block.shortcut = nn.Sequential(*convolution(32, 32, kernel=1))
+                block.shortcut = nn.Sequential(*conv_bn(32, 32, kernel=1))
             block.branch[0].stride = block.shortcut[0].stride = (2, 2)
     return net
 
@@ -208,7 +208,7 @@ def carry_out(run: Run, train: Path, judge: Path) -> dict:
     run_logger.LOGS = WORK / "runs"
     before, start = set(run_logger.LOGS.glob("*")), time.process_time()
     with (
-        mock.patch.dict(registry.BUILDERS, {variant.kind: variant.build}),
+        mock.patch.dict(registry.MODEL_REGISTRY, {variant.kind: variant.build}),
         mock.patch.object(optim, "decayed_and_not", variant.groups),
     ):
         if main.main([str(train), *flags]) != 0:

@@ -31,7 +31,7 @@ def command_of(kind: str, arguments: dict) -> str:
     """The command line that gives these arguments; of the data and weights their names alone."""
     parser = build_parser()
     usual = {name: parser.get_default(name) for name in arguments}
-    usual |= optim.RECIPES.get(kind, optim.COURSE)
+    usual |= optim.RECIPES.get(kind, optim.DEFAULTS)
     if not (arguments["pgd"] or arguments.get("at")):  # its default was 3, now it is the mode's
         arguments = {**arguments, "pgd_steps": usual["pgd_steps"]}
     if arguments.get("weights"):

@@ -23,13 +23,13 @@ from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint, config
 from deepvision.data import audit, cache
 from deepvision.data.loader import worker_death
-from deepvision.evaluation.evaluator import Evaluation
+from deepvision.evaluation.evaluator import Evaluator
 from deepvision.models import registry
 from deepvision.runtime import distributed, run_logger
 from deepvision.training import optim
-from deepvision.training.engine import Place
+from deepvision.training.engine import DeviceContext
 from deepvision.training.trainer import Trainer
-from utils import UserError, from_here
+from utils import UserError, relpath
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,12 +59,12 @@ def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dic
     path = args.resume or args.weights
     if not path:
         kind = args.kind or "torch_conv"
-        return kind, registry.build(kind, num_classes, pretrained=True), {}
+        return kind, registry.create_model(kind, num_classes, pretrained=True), {}
     content = checkpoint.load(path)
     kind = args.kind or content.get("kind")
-    if not isinstance(kind, str) or kind not in registry.BUILDERS:
-        kind = registry.kind_of(content["state_dict"], num_classes)
-    model = registry.build(kind, num_classes)
+    if not isinstance(kind, str) or kind not in registry.MODEL_REGISTRY:
+        kind = registry.infer_arch(content["state_dict"], num_classes)
+    model = registry.create_model(kind, num_classes)
     checkpoint.load_weights(model, content, path)
     print(f"Loaded {path}: {kind}, epochs done: {content.get('epoch', '?')}.")
     return kind, model, content if args.resume else {}
@@ -79,27 +79,27 @@ def find_checkpoint(args: Namespace) -> str:
         UserError: there is none to evaluate or attack.
     """
     if args.resume == "auto":
-        folder = run_logger.newest_run([args.kind] if args.kind else registry.BUILDERS)
+        folder = run_logger.latest_run([args.kind] if args.kind else registry.MODEL_REGISTRY)
     else:
-        folder = run_logger.run_launched_as(distributed.launch())
-    path = folder and checkpoint.newest_good(folder / "models")
+        folder = run_logger.run_launched_as(distributed.launch_id())
+    path = folder and checkpoint.latest_valid(folder / "models")
     if path:
-        return from_here(path)
+        return relpath(path)
     if args.evaluate or args.attack:
         raise UserError("--resume=auto: there is no run to look at")
-    place = from_here(folder or run_logger.LOGS)
+    place = relpath(folder or run_logger.LOGS)
     print(f"--resume=auto: {place} holds no checkpoint; starting afresh")
     return ""
 
 
 def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlacesLoader]) -> None:
     """--skip-bad-images; a resumed run leaves out what it always did, so that it stays the same."""
-    names = None if args.evaluate or args.attack else checkpoint.left_out(content)
+    names = None if args.evaluate or args.attack else checkpoint.skipped_images(content)
     if args.skip_bad_images and not names:
         print("Reading every image once, to leave out the bad ones")
         names = audit.unreadable(datasets, args.workers)
     for dataset in datasets:
-        dataset.leave_out(names or [])
+        dataset.skip(names or [])
         for name in dataset.left_out:
             print(f"left out: {name}")
     if names:
@@ -110,23 +110,23 @@ def run(args: Namespace) -> int:
     if args.check_data:
         return audit.check(args.data_folder, args.workers)
     device = choose_device(args.gpu, args.use_mps)
-    with distributed.together(device):
+    with distributed.process_group(device):
         return run_on(device, args)
 
 
 def run_on(device: torch.device, args: Namespace) -> int:
-    place = Place(device, AMP[args.amp])
+    place = DeviceContext(device, AMP[args.amp])
     if args.amp == "fp16" and place.device.type == "cpu":
         raise UserError("--amp=fp16 takes a CPU twenty times as long: use --amp=bf16")
     if args.deterministic:
         make_deterministic()
     num_classes = count_classes(args.data_folder)
     torch.manual_seed(args.seed)
-    if args.resume == "auto" or distributed.restarted() and not args.resume:
-        args.resume = distributed.leaders(lambda: find_checkpoint(args))
+    if args.resume == "auto" or distributed.was_restarted() and not args.resume:
+        args.resume = distributed.broadcast_from_main(lambda: find_checkpoint(args))
     kind, model, content = make_network(args, num_classes)
-    optim.follow(args, kind)
-    model = place.network(model, args.compile)
+    optim.resolve_defaults(args, kind)
+    model = place.prepare_model(model, args.compile)
     only_look = args.evaluate or args.attack
     transforms = {"val": student_code.get_val_transforms()}
     if not only_look:
@@ -137,9 +137,9 @@ def run_on(device: torch.device, args: Namespace) -> int:
     }
     leave_out_bad_images(args, content, list(sets.values()))
     for dataset in sets.values():
-        cache.keep(dataset, args.cache, args.workers, place.device)
+        cache.enable_cache(dataset, args.cache, args.workers, place.device)
     if only_look:
-        return Evaluation(args, model, sets["val"], place).run()
+        return Evaluator(args, model, sets["val"], place).run()
     return Trainer(args, kind, model, content, sets["train"], sets["val"], place).train()
 
 

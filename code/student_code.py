@@ -593,7 +593,7 @@ def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 @contextmanager
-def under_attack(model: nn.Module) -> Iterator[None]:
+def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
     """Gradients on, evaluation mode, constant parameters; afterwards everything as it was.
 
     Constant parameters spare the gradients of the weights, which an attack does not use.
@@ -654,7 +654,7 @@ class PGDAttack:
         least, or most, likely class of the clean image. The model, its parameters and their
         gradients, and `input` are left as they were, even when the model raises.
         """
-        with under_attack(model):
+        with frozen_eval_mode(model):
             # At least float32: in bfloat16 a step of 0.01 from a pixel at 2 leads nowhere.
             x = input.detach().to(torch.promote_types(input.dtype, torch.float32), copy=True)
             lower, upper = self.bounds(x)

@@ -21,7 +21,7 @@ from torch import nn
 import main
 from custom_dataloader import MiniPlacesLoader, read_label_file
 from deepvision import checkpoint
-from deepvision.data.loader import EpochBatches
+from deepvision.data.loader import ResumableBatchSampler
 from deepvision.models import registry
 from deepvision.runtime import run_logger
 from utils import MAX_PIXELS, UserError, load_image
@@ -250,7 +250,7 @@ def data(sample_root, tmp_path):
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
     monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
-    monkeypatch.setitem(registry.BUILDERS, "torch_conv", Small)
+    monkeypatch.setitem(registry.MODEL_REGISTRY, "torch_conv", Small)
     return tmp_path / "logs"
 
 
@@ -343,7 +343,7 @@ def test_the_audit_tells_of_missing_files(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     """Lines are printed at steps 0 and 10 alone; it happens between them."""
     names = training_images(data)
-    order = EpochBatches(len(names), 16, 2024)
+    order = ResumableBatchSampler(len(names), 16, 2024)
     black = order.indices(1, 3)[7]
     step = next(i for i in range(5) if black in order.indices(0, i))
     assert step > 0
@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     )
     assert (folder / "bad_batch.txt").read_text().splitlines() == batch
     content = checkpoint.load(folder / "models" / checkpoint.LAST)
-    assert content["progress"]["position"] == step and not checkpoint.not_finite(content)
+    assert content["progress"]["position"] == step and not checkpoint.first_nonfinite(content)
     shutil.rmtree(logs)
     status, _, err = run(capsys, data, "--epochs=2", "--lr=0.01")  # with no save before it
     assert status == 1 and f"step {step + 1} of 5" in err[0] and "none was saved" in err[0]
@@ -384,7 +384,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, logs, capsys, monkeypat
     [folder] = logs.iterdir()
     for file in (folder / "models").iterdir():
         content = checkpoint.load(file)
-        assert content["epoch"] == 1 and not checkpoint.not_finite(content)
+        assert content["epoch"] == 1 and not checkpoint.first_nonfinite(content)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -411,8 +411,8 @@ def disk(tmp_path):
 def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch, where):
     """In mid-run, just before one of the files is written; what was saved is whole."""
     owner, name = {
-        "events": (run_logger.Logbook, "step"),
-        "curves": (run_logger.Logbook, "point"),
+        "events": (run_logger.RunLogger, "step"),
+        "curves": (run_logger.RunLogger, "point"),
         "metrics": (run_logger, "write_atomically"),
         "checkpoint": (checkpoint, "write_atomically"),
     }[where]
@@ -437,7 +437,7 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
     (disk / "filler").unlink()
     monkeypatch.undo()
     monkeypatch.setattr(run_logger, "LOGS", disk)
-    monkeypatch.setitem(registry.BUILDERS, "torch_conv", Small)
+    monkeypatch.setitem(registry.MODEL_REGISTRY, "torch_conv", Small)
     assert run(capsys, data, "--epochs=3", "--lr=0.01", "--resume=auto")[0] == 0
 
 

@@ -23,7 +23,7 @@ from custom_transforms import (
     ToTensor,
 )
 from deepvision.data import cache
-from deepvision.data.loader import held_out_batch, training_batches, validation_batches
+from deepvision.data.loader import fixed_subset_batch, training_batches, validation_batches
 from student_code import get_train_transforms, get_val_transforms
 from utils import UserError, save_image
 
@@ -37,7 +37,7 @@ def root(sample_root, tmp_path):
 
 def kept(root, place, split="train", transforms=None, workers=0):
     dataset = MiniPlacesLoader(root, split=split, transforms=transforms)
-    cache.keep(dataset, place, workers, CPU)
+    cache.enable_cache(dataset, place, workers, CPU)
     return dataset
 
 
@@ -160,7 +160,7 @@ def test_a_bad_image_leaves_no_file(root):
     for place in ("ram", "disk", "device"):
         dataset = MiniPlacesLoader(root, transforms=get_val_transforms())
         with pytest.raises(UserError, match=f"cannot read the image .*{dataset.paths[20]}: it is"):
-            cache.keep(dataset, place, 1, CPU)
+            cache.enable_cache(dataset, place, 1, CPU)
     assert files(root) == ["train.decoded.lock"]
 
 
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(root):
 def test_what_does_not_fit_is_refused(root):
     free = cache.free_memory()
     with pytest.raises(UserError, match=r"take \d+\.\d\d GB and ram has \d+\.\d\d GB free"):
-        cache.tell(MiniPlacesLoader(root), "ram", free + 1, free)
+        cache.check_free_space(MiniPlacesLoader(root), "ram", free + 1, free)
 
 
 # --- the device -------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_the_devices_validation_is_within_one_grey_level(root):
 def test_the_held_out_batch_comes_from_the_device_too(root):
     transforms = get_val_transforms()
     plain, cached = (
-        held_out_batch(kept(root, place, "val", transforms), 5) for place in ("none", "device")
+        fixed_subset_batch(kept(root, place, "val", transforms), 5) for place in ("none", "device")
     )
     assert torch.equal(plain[1], cached[1])
     assert (grey_levels(plain[0]) - grey_levels(cached[0])).abs().max() < 1.01
@@ -231,8 +231,8 @@ def test_the_held_out_batch_comes_from_the_device_too(root):
 def test_developing_images_does_not_wait_for_the_device():
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
     images = torch.empty(5, 8, 9, 3, dtype=torch.uint8, device="meta")
-    plan = cache.Plan(get_train_transforms(), images.shape[1:])
-    x = cache.DeviceImages(images, plan).develop(torch.stack([plan(i) for i in range(4)]))
+    plan = cache.AugmentParams(get_train_transforms(), images.shape[1:])
+    x = cache.DeviceImages(images, plan).device_transform(torch.stack([plan(i) for i in range(4)]))
     assert x.device.type == "meta" and x.shape == (4, 3, 128, 128)
 
 

@@ -69,10 +69,10 @@ def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> Non
     # what the run's own workers start by, elsewhere than in a forkserver's child
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
     run_logger.LOGS = logs
-    registry.BUILDERS = BUILDERS
+    registry.MODEL_REGISTRY = BUILDERS
     if kill:
         module, name, count, *signals = kill
-        owner = {"os": os, "engine": engine, "book": run_logger.Logbook}[module]
+        owner = {"os": os, "engine": engine, "book": run_logger.RunLogger}[module]
         original, calls = getattr(owner, name), iter(range(10**6))
 
         def call(*args, **options):

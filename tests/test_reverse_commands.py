@@ -34,7 +34,7 @@ from utils import save_image
 CODE = Path(__file__).resolve().parents[1] / "code"
 CLASSES, TRAIN, TEST = 4, 40, 16
 NORMS = {"l_1": 12.0, "l_2": 0.5, "l_inf": 8.0}
-TINY = protocol.Size(8, 4, (2, 2), (2, 2), 2, 2, 4, 2, 2, 3, 2)
+TINY = protocol.Budget(8, 4, (2, 2), (2, 2), 2, 2, 4, 2, 2, 3, 2)
 
 
 def draw_images(root: Path) -> None:
@@ -383,7 +383,7 @@ def test_main_pys_classifiers_can_be_attacked_and_reversed(sample_root, tmp_path
     from deepvision.models import registry
 
     monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
-    net = registry.build("torch_conv", 10)
+    net = registry.create_model("torch_conv", 10)
     content = {"kind": "torch_conv", "epoch": 1, "state_dict": net.state_dict()}
     checkpoint.save(path := tmp_path / "scene.pth.tar", content)
     common = ["--dataset", "miniplaces", "--data-root", str(sample_root), "--weights", str(path)]

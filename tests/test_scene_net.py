@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from deepvision.reporting import records
 from torch import nn
 
 import main
 from deepvision import checkpoint, config
 from deepvision.models import registry
 from deepvision.models.scene_net import Block, SceneNet
+from deepvision.reporting import records
 from deepvision.runtime import run_logger
 from deepvision.training import engine, optim
-from deepvision.training.engine import Clock, Place, Tally
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
 
 CODE = Path(main.__file__).parent
-CPU = Place(torch.device("cpu"))
+CPU = DeviceContext(torch.device("cpu"))
 
 
 def parsed(*words: str):
     """The arguments of a run, its network's recipe followed."""
     args = config.parse(["data", "--gpu=-1", *words])
-    optim.follow(args, args.kind or "torch_conv")
+    optim.resolve_defaults(args, args.kind or "torch_conv")
     return args
 
 
@@ -138,15 +138,15 @@ def test_mirror_images_are_averaged_in_evaluation_alone():
     batches = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
     model = Counting()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    schedule = optim.make_schedule(parsed("--lr=0", "--epochs=1"), optimizer, 1, 0)
-    tallies = [Tally(CPU.device) for _ in range(2)]
+    schedule = optim.make_scheduler(parsed("--lr=0", "--epochs=1"), optimizer, 1, 0)
+    tallies = [EpochMetrics(CPU.device) for _ in range(2)]
     [_] = engine.train_epoch(
-        model, batches, nn.CrossEntropyLoss(), optimizer, schedule, CPU, tallies[0], Clock(), 0
+        model, batches, nn.CrossEntropyLoss(), optimizer, schedule, CPU, tallies[0], StepTimer(), 0
     )
     assert model.seen == 4
-    [_] = engine.evaluate(model, batches, CPU, tallies[0], Clock())
+    [_] = engine.evaluate(model, batches, CPU, tallies[0], StepTimer())
     assert model.seen == 8
-    [_] = engine.evaluate(model, batches, CPU, *tallies[:1], Clock(), tallies[1])
+    [_] = engine.evaluate(model, batches, CPU, *tallies[:1], StepTimer(), tallies[1])
     assert model.seen == 16
     net, x = random_norms(SceneNet(7, width=8)).eval(), batches[0][0]
     assert not torch.allclose(net(x), net(x.flip(3)))
@@ -228,8 +228,10 @@ def test_the_given_share_of_batches_is_mixed_and_a_seed_repeats_it():
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
     torch.manual_seed(0)
-    model = Place(CPU.device, amp).network(SceneNet(7, width=8, depths=(1, 1), drop_path=0))
-    average = optim.make_average(parsed("--ema=0.5"), model, total_steps=8, done=0)
+    model = DeviceContext(CPU.device, amp).prepare_model(
+        SceneNet(7, width=8, depths=(1, 1), drop_path=0)
+    )
+    average = optim.make_ema(parsed("--ema=0.5"), model, total_steps=8, done=0)
     expected, decay = {}, 1 - 1 / (0.5 * 8)
     for _ in range(4):
         with torch.no_grad():
@@ -242,9 +244,9 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
             expected[name] = mean if value.is_floating_point() else mean.long()
     for name, value in average.module.state_dict().items():
         torch.testing.assert_close(value, expected[name])
-    other = Place(CPU.device, amp).network(SceneNet(7, width=8, depths=(1, 1)))
+    other = DeviceContext(CPU.device, amp).prepare_model(SceneNet(7, width=8, depths=(1, 1)))
     other.load_state_dict(expected)
-    x = CPU.images(torch.randn(2, 3, 64, 64))
+    x = CPU.to_device_images(torch.randn(2, 3, 64, 64))
     logits = average.module.eval()(x)
     torch.testing.assert_close(logits, other.eval()(x), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(logits, model.eval()(x), rtol=0.05)
@@ -252,8 +254,8 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
 
 def test_no_mean_is_kept_where_none_is_asked_for():
     model = nn.Linear(2, 2)
-    assert optim.make_average(parsed("--use-scene-net", "--ema=0"), model, 10, 0) is None
-    short = optim.make_average(parsed("--ema=0.05"), model, 10, 0)  # shorter than a step
+    assert optim.make_ema(parsed("--use-scene-net", "--ema=0"), model, 10, 0) is None
+    short = optim.make_ema(parsed("--ema=0.05"), model, 10, 0)  # shorter than a step
     for _ in range(2):
         nn.init.normal_(model.weight)
         short.update_parameters(model)
@@ -280,7 +282,7 @@ def call(tmp_path_factory):
     def run(*words: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(run_logger, "LOGS", logs)
-            patch.setattr(registry, "BUILDERS", registry.BUILDERS | narrow)
+            patch.setattr(registry, "BUILDERS", registry.MODEL_REGISTRY | narrow)
             return main.main([str(word) for word in words] + ["--gpu=-1", "-j=0", "-p=100"])
 
     run.logs, run.narrow = logs, narrow
@@ -311,7 +313,7 @@ def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn,
     plain = capsys.readouterr().out.split("Each image by itself:\n")[1].splitlines()[0]
     assert plain.startswith(f"******Acc@1 {best['best_acc1']:.3f}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "BUILDERS", registry.BUILDERS | call.narrow)
+        patch.setattr(registry, "BUILDERS", registry.MODEL_REGISTRY | call.narrow)
         net = records.read_run(trained, "run").network
     assert torch.equal(net.fc.weight, best["state_dict"]["fc.weight"])
 

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from deepvision.runtime import distributed
-from deepvision.training.objectives import Watchdog
+from deepvision.training.objectives import CatastrophicOverfittingGuard
 from utils import UserError
 
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PREVIOUS = "checkpoint_previous.pth.tar"
 
 # What each optimizer remembers of a parameter
-MEMORY = {
+OPTIMIZER_STATE_KEYS = {
     torch.optim.SGD: {"momentum_buffer"},
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
@@ -60,7 +60,7 @@ def write_atomically(path: Path, data: bytes, previous: Path | None = None) -> N
     Raises:
         UserError: the disk is full, or the folder is missing or not writable.
     """
-    if not distributed.leads():
+    if not distributed.is_main_process():
         return
     partial = path.with_name(path.name + ".part")
     spare = path.with_name(path.name + ".old")
@@ -119,12 +119,12 @@ def load(path: str | Path) -> dict:
         return _read(path)
     except UserError as e:
         others = (LAST, PREVIOUS) if path.name in (LAST, PREVIOUS, BEST) else ()
-        if good := newest_good(path.parent, others):
+        if good := latest_valid(path.parent, others):
             raise UserError(f"{e}; this one is good: --resume={good}") from None
         raise
 
 
-def newest_good(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path | None:
+def latest_valid(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path | None:
     """The first of these files that loads."""
     for path in (folder / name for name in names):
         with contextlib.suppress(UserError):
@@ -181,7 +181,7 @@ def _numpy_scalars() -> list:
     return [*((scalar, name) for name in names), np.dtype, *kinds]
 
 
-def misfits(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
+def state_dict_mismatch(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     """Why these weights do not fit this network; empty where they do."""
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     theirs = {k: tuple(v.shape) for k, v in state_dict.items()}
@@ -209,10 +209,10 @@ def load_weights(
     state_dict = content[part]
     if not _is_state_dict(state_dict):
         raise UserError(f"{path}: its part '{part}' makes no sense")
-    if wrong := misfits(model, state_dict):
+    if wrong := state_dict_mismatch(model, state_dict):
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit the network: {'; '.join(wrong[:3])}{more}")
-    if bad := not_finite({"state_dict": state_dict}):
+    if bad := first_nonfinite({"state_dict": state_dict}):
         raise UserError(f"{path} holds weights that are not finite (nan or inf), in {bad}")
     model.load_state_dict(state_dict)
 
@@ -246,7 +246,7 @@ def _is_of(optimizer: torch.optim.Optimizer, saved: object) -> bool:
             return False
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         return all(
-            memory.keys() == MEMORY[type(optimizer)]
+            memory.keys() == OPTIMIZER_STATE_KEYS[type(optimizer)]
             and all(_fits(value, parameters[i]) for value in memory.values())
             for i, memory in memories
         )
@@ -260,7 +260,7 @@ def _fits(value: object, parameter: Tensor) -> bool:
     return value.shape in (parameter.shape, ()) and bool(value.isfinite().all())
 
 
-def progress_of(content: dict, order: dict) -> tuple[Progress, str | None]:
+def load_progress(content: dict, order: dict) -> tuple[Progress, str | None]:
     """How far the run had come, and what of it cannot be restored, in words.
 
     order: what the order of this run's batches follows from, by name. An epoch that was under way
@@ -316,7 +316,7 @@ def load_scaler(scaler: torch.amp.GradScaler, content: dict) -> None:
     scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": grown})
 
 
-def load_watchdog(watchdog: Watchdog, model: nn.Module, content: dict) -> None:
+def load_watchdog(watchdog: CatastrophicOverfittingGuard, model: nn.Module, content: dict) -> None:
     """Restore what an adversarial run knows of its robustness; other files know nothing of it.
 
     Raises:
@@ -328,7 +328,9 @@ def load_watchdog(watchdog: Watchdog, model: nn.Module, content: dict) -> None:
     try:
         known = float(saved["best"]), int(saved["epoch"]), dict(saved["weights"])
         began = known[0] > 0 or known[2]
-        if began and (misfits(model, known[2]) or not_finite({"state_dict": known[2]})):
+        if began and (
+            state_dict_mismatch(model, known[2]) or first_nonfinite({"state_dict": known[2]})
+        ):
             raise ValueError
         if not math.isfinite(known[0]):
             raise ValueError
@@ -337,7 +339,7 @@ def load_watchdog(watchdog: Watchdog, model: nn.Module, content: dict) -> None:
     watchdog.best, watchdog.epoch, watchdog.weights = known
 
 
-def left_out(content: dict) -> list[str] | None:
+def skipped_images(content: dict) -> list[str] | None:
     """The images that the run does without, None where the file does not say.
 
     Raises:
@@ -349,7 +351,7 @@ def left_out(content: dict) -> list[str] | None:
     return names
 
 
-def not_finite(content: dict) -> str | None:
+def first_nonfinite(content: dict) -> str | None:
     """The first of a checkpoint's weights and moments that holds nan or inf."""
     moments = content.get("optimizer", {}).get("state", {})
     tensors = {f"moment {k} of {i}": v for i, s in moments.items() for k, v in s.items()}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from deepvision.attacks.diagnostics import EPSILONS
 from deepvision.training.objectives import STEPS
-from deepvision.training.optim import COURSE, SCENE_NET
+from deepvision.training.optim import DEFAULTS, SCENE_NET
 from deepvision.training.signals import parse_interval
 
 KIND_FLAGS = {
@@ -241,7 +241,7 @@ def training_contradictions(
 
 
 def by_recipe(name: str) -> str:
-    return f"default {COURSE[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
+    return f"default {DEFAULTS[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
 
 
 def defaults(values: dict[str, int]) -> str:

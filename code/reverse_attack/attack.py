@@ -21,7 +21,7 @@ from deepvision.attacks.pgd import PGD
 from deepvision.config import at_least
 from reverse_attack import attack_sets, classifier, data, options
 from reverse_attack.attack_sets import NORMS, AttackSet
-from reverse_attack.classifier import Trained
+from reverse_attack.classifier import LoadedClassifier
 from reverse_attack.reversal import BUDGETS, pixels_of
 
 LOSSES = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
@@ -86,7 +86,7 @@ def make(args: Namespace, norm: str) -> PGD:
 
 
 def attack_all(
-    args: Namespace, norm: str, trained: Trained, images: data.Images, device: torch.device
+    args: Namespace, norm: str, trained: LoadedClassifier, images: data.Images, device: torch.device
 ) -> AttackSet:
     """Every image attacked, and what the attack was and did."""
     pgd, model, start = make(args, norm), trained.model, time.perf_counter()
@@ -110,7 +110,7 @@ def attack_all(
     return AttackSet(torch.cat(attacked), images.y, describe(pgd, args, norm, trained) | measured)
 
 
-def describe(pgd: PGD, args: Namespace, norm: str, trained: Trained) -> dict:
+def describe(pgd: PGD, args: Namespace, norm: str, trained: LoadedClassifier) -> dict:
     """How the images were made, and of which classifier."""
     return {
         "norm": norm,

@@ -29,7 +29,7 @@ from reverse_attack.attack_sets import NORMS
 from reverse_attack.classifier import Classifier
 from reverse_attack.contrastive import SIMILARITIES, ContrastiveLoss
 from reverse_attack.reversal import BUDGETS, Reversal, pixels_of
-from utils import UserError, from_here
+from utils import UserError, relpath
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 ITERATIONS = (0, 5, 10, 15)
@@ -196,7 +196,7 @@ def heads_compared(subject: Subject) -> list[dict]:
 FIGURES = {f.__name__: f for f in (iterations, loss_curve, vectors, loss_histogram, heads_compared)}
 
 
-def draw(subject: Subject, names: list[str], folder: Path, book: run_logger.Logbook) -> None:
+def draw(subject: Subject, names: list[str], folder: Path, book: run_logger.RunLogger) -> None:
     """Measure and plot these figures; each becomes a PNG and a picture in TensorBoard."""
     from reverse_attack import plots
 
@@ -218,7 +218,7 @@ def draw(subject: Subject, names: list[str], folder: Path, book: run_logger.Logb
         fig.savefig(path, dpi=plots.DPI)
         fig.canvas.draw()
         pixels = torch.from_numpy(plots.pixels(fig)).permute(2, 0, 1).float() / 255
-        book.picture(f"Reverse/{name}", pixels, 0)
+        book.add_image(f"Reverse/{name}", pixels, 0)
         print(f"{path.name} is drawn", flush=True)
     write_atomically(kept, (json.dumps(numbers, indent=1) + "\n").encode())
 
@@ -240,10 +240,10 @@ def figures(args: Namespace) -> None:
         images.y.to(device),
         device,
     )
-    folder = run_logger.run_of(trained.path) or run_logger.new_run("figures")
-    with run_logger.Logbook(folder) as book:
+    folder = run_logger.run_dir_of(trained.path) or run_logger.new_run("figures")
+    with run_logger.RunLogger(folder) as book:
         draw(subject, args.only, args.results, book)
-    there, events = map(from_here, (args.results, folder))
+    there, events = map(relpath, (args.results, folder))
     print(f"Pictures: {there}; tensorboard --logdir={events}")
 
 

@@ -24,7 +24,7 @@ from deepvision.config import at_least
 from deepvision.runtime import run_logger
 from reverse_attack import attack_sets, classifier, data, heads, options
 from reverse_attack.attack_sets import NORMS
-from reverse_attack.classifier import Trained
+from reverse_attack.classifier import LoadedClassifier
 from reverse_attack.intervals import Paired, percent
 from reverse_attack.reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
 from utils import UserError
@@ -51,7 +51,7 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def make_repair(args: Namespace, trained: Trained) -> Repair | None:
+def make_repair(args: Namespace, trained: LoadedClassifier) -> Repair | None:
     """What happens to the images before the classifier sees them; None = nothing."""
     norm = "linf" if args.norm == "clean" else NORMS[args.norm]
     radius = REVERSAL_FACTOR * BUDGETS[norm] if args.epsilon is None else args.epsilon
@@ -107,9 +107,9 @@ def measure(
     return rows
 
 
-def report(args: Namespace, trained: Trained, rows: Rows) -> None:
+def report(args: Namespace, trained: LoadedClassifier, rows: Rows) -> None:
     """Print the rows and add them to the evaluations of the classifier's run."""
-    folder = run_logger.run_of(trained.path) or run_logger.new_run("inference")
+    folder = run_logger.run_dir_of(trained.path) or run_logger.new_run("inference")
     print(f"{'Perturbation':<18} | Accuracy (%)      | Test loss")
     for name, (right, losses, seconds) in rows.items():
         n, hits = len(right), right.sum().item()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepvision.attacks.norms import random_start
-from deepvision.attacks.pgd import PGD, Attack, under_attack
+from deepvision.attacks.pgd import PGD, Attack, frozen_eval_mode
 from deepvision.attacks.square import Square
 
 EPSILONS = {"linf": 4, "l2": 512, "l1": 10240}  # of 255; in l_2 that is 2, in l_1 40, of [0, 1]
@@ -55,7 +55,7 @@ def describe(attack: PGD) -> str:
 
 
 @dataclass(frozen=True)
-class Light:
+class Diagnostic:
     """One doubt about an attack: what was measured, in per cent, and whether it warns."""
 
     name: str
@@ -68,53 +68,53 @@ class Light:
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with under_attack(model), torch.no_grad():
+    with frozen_eval_mode(model), torch.no_grad():
         return 100 * (model(x).argmax(1) == y).float().mean().item()
 
 
-def health_lights(model: nn.Module, x: Tensor, y: Tensor, attack: PGD) -> Iterator[Light]:
+def run_diagnostics(model: nn.Module, x: Tensor, y: Tensor, attack: PGD) -> Iterator[Diagnostic]:
     """Six lights for `attack`, on images x (N, C, H, W) with labels y (N,)."""
     attacked = accuracy(model, attack.perturb(model, x, y), y)
 
     def left_by(other: Attack) -> float:
         return accuracy(model, other.perturb(model, x, y), y)
 
-    share = 100 * vanished(model, x, y).float().mean().item()
-    yield Light("gradients", share, share > 0, f"no gradient on {share:.0f} % of the images")
-    with under_attack(model), torch.no_grad():
+    share = 100 * zero_gradient_mask(model, x, y).float().mean().item()
+    yield Diagnostic("gradients", share, share > 0, f"no gradient on {share:.0f} % of the images")
+    with frozen_eval_mode(model), torch.no_grad():
         random = not torch.equal(model(x), model(x))
     found = "the same image twice gives " + ("two answers" if random else "the same answer")
-    yield Light("randomness", 100.0 * random, random, found)
+    yield Diagnostic("randomness", 100.0 * random, random, found)
 
     more = left_by(replace(attack, steps=4 * attack.steps, early_stop=True))
     found = f"{more:.1f} left by {4 * attack.steps} steps, {attacked:.1f} by {attack.steps}"
-    yield Light("more steps", more, more < attacked - SLACK, found)
+    yield Diagnostic("more steps", more, more < attacked - SLACK, found)
 
-    noise = accuracy(model, noisy(x, attack), y)
+    noise = accuracy(model, add_random_noise(x, attack), y)
     found = f"{noise:.1f} left by random noise of the same size, {attacked:.1f} by the attack"
-    yield Light("noise", noise, noise <= attacked + SLACK, found)
+    yield Diagnostic("noise", noise, noise <= attacked + SLACK, found)
 
     large = left_by(replace(attack, epsilon=LARGE * attack.epsilon, step_size=None))
     found = f"{large:.1f} left at {LARGE} ε, where nothing should be"
-    yield Light("large ε", large, large > SLACK, found)
+    yield Diagnostic("large ε", large, large > SLACK, found)
 
     square = Square(norm=attack.norm, epsilon=attack.epsilon, pixels=attack.pixels)
     free = left_by(square)
     found = f"{free:.1f} left by Square with {square.steps} queries, {attacked:.1f} by the attack"
-    yield Light("gradient-free search", free, free < attacked - SLACK, found)
+    yield Diagnostic("gradient-free search", free, free < attacked - SLACK, found)
 
 
-def vanished(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def zero_gradient_mask(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Which images (N,) the loss has no gradient on at all."""
-    with under_attack(model):
+    with frozen_eval_mode(model):
         x = x.detach().clone().requires_grad_(True)
         (g,) = torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), x)
     return g.flatten(1).abs().amax(1) == 0
 
 
-def noisy(x: Tensor, attack: Attack) -> Tensor:
+def add_random_noise(x: Tensor, attack: Attack) -> Tensor:
     """x with a perturbation drawn from the attack's ball."""
-    lo, hi = attack.pixels.room(x)
+    lo, hi = attack.pixels.delta_bounds(x)
     delta = random_start(lo, hi, attack.norm, attack.epsilon, attack.generator)
     return x + delta / attack.pixels.scale(x)
 

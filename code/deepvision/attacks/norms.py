@@ -18,7 +18,7 @@ ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
 
 
 @dataclass(frozen=True)
-class Pixels:
+class InputScale:
     """What epsilon and step size count, and how a model's input follows from the pixels.
 
     The input is (pixel - mean) / std with pixels in [0, 1] and one value per channel (dimension 1).
@@ -48,7 +48,7 @@ class Pixels:
         std = self.per_channel(self.std, x)
         return {"normalised": torch.ones_like(std), "pixel": std, "255": 255 * std}[self.unit]
 
-    def room(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def delta_bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Bounds of delta, in units of epsilon, that keep every pixel of `x` + delta in [0, 1]."""
         mean, std = self.per_channel(self.mean, x), self.per_channel(self.std, x)
         lo, hi = (0 - mean) / std - x, (1 - mean) / std - x
@@ -73,7 +73,7 @@ def size(delta: Tensor, norm: str) -> Tensor:
     return column(flat, delta)
 
 
-def steepest(g: Tensor, norm: str, k: int | Tensor = 1) -> Tensor:
+def steepest_step(g: Tensor, norm: str, k: int | Tensor = 1) -> Tensor:
     """The step of unit norm along which a function with gradient `g` ascends fastest.
 
     In l_1 that step would move one pixel; it moves the `k` largest instead, all by as much
@@ -147,19 +147,19 @@ def random_start(
     N, d = lo.flatten(1).shape
     if norm == "linf":
         lo, hi = lo.clamp(min=-epsilon), hi.clamp(max=epsilon)
-        return lo + (hi - lo) * draw(torch.rand, lo.shape, lo, generator)
+        return lo + (hi - lo) * sample_like(torch.rand, lo.shape, lo, generator)
     if norm == "l2":
-        direction = draw(torch.randn, (N, d + 2), lo, generator)
+        direction = sample_like(torch.randn, (N, d + 2), lo, generator)
         # The first d coordinates of a point on the sphere in d + 2 are uniform in the ball in d.
     else:
-        v = 2 * draw(torch.rand, (N, d + 1), lo, generator) - 1
+        v = 2 * sample_like(torch.rand, (N, d + 1), lo, generator) - 1
         direction = -v.sign() * v.abs().clamp(min=torch.finfo(v.dtype).tiny).log()
         # d of d + 1 exponential magnitudes over their sum: uniform in the simplex.
     delta = epsilon * direction[:, :d] / size(direction, norm)
     return torch.minimum(torch.maximum(delta.view(lo.shape), lo), hi)
 
 
-def draw(kind: Callable, shape: Sequence[int], like: Tensor, generator, *args) -> Tensor:
+def sample_like(kind: Callable, shape: Sequence[int], like: Tensor, generator, *args) -> Tensor:
     """Random numbers from the generator's own device, so that a seed means the same anywhere."""
     device = like.device if generator is None else generator.device
     return kind(*args, tuple(shape), generator=generator, device=device).to(like)

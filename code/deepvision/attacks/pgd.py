@@ -19,7 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvision.attacks.norms import ORDER, Pixels, column, draw, project, random_start, steepest
+from deepvision.attacks.norms import (
+    ORDER,
+    InputScale,
+    column,
+    project,
+    random_start,
+    sample_like,
+    steepest_step,
+)
 
 GOALS = ("untargeted", "target", "least_likely", "random")
 
@@ -61,7 +69,7 @@ def dlr(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
 LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
-def fooled(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
+def attack_succeeded(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
     """Which samples `(N,)` are where the attack wants them: off their label, or on the target."""
     prediction = logits.argmax(1)
     return prediction != y if t is None else prediction == t
@@ -73,7 +81,7 @@ def fooled(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def under_attack(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def frozen_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Gradients on, evaluation mode, constant parameters; afterwards everything as it was."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
@@ -127,7 +135,7 @@ class Attack:
     random_start: bool = False
     restarts: int = 1
     early_stop: bool = False
-    pixels: Pixels = Pixels()
+    pixels: InputScale = InputScale()
     generator: torch.Generator | None = None
 
     def __post_init__(self):
@@ -149,7 +157,7 @@ class Attack:
         y `(N,)`: true labels, by default what the model says of `x`. target `(N,)`: for the goal
         "target". The model, its parameters, buffers and gradients, and `x` stay as they were.
         """
-        with under_attack(model):
+        with frozen_eval_mode(model):
             # At least float32, or small steps vanish; clones, as autograd needs ordinary tensors.
             x0 = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
             scale = self.pixels.scale(x0)
@@ -157,7 +165,7 @@ class Attack:
             def inputs(s: dict) -> Tensor:
                 return (s["x"] + s["delta"] / scale).to(x.dtype)
 
-            lo, hi = self.pixels.room(x0)
+            lo, hi = self.pixels.delta_bounds(x0)
             s = {"x": x0, "lo": lo, "hi": hi, "delta": torch.zeros_like(x0)}
             s["y"], s["t"], todo = self._labels(model, inputs(s), y, target)
             s["delta"] = self._worst_of_runs(lambda part: model(inputs(part)).float(), s, todo)
@@ -178,9 +186,13 @@ class Attack:
             t = logits.argmin(1)
         elif self.goal == "random":
             others = logits.shape[1] - 1
-            t = draw(torch.randint, (len(x),), y, self.generator, others)
+            t = sample_like(torch.randint, (len(x),), y, self.generator, others)
             t = t + (t >= y)
-        todo = (~fooled(logits, y, t)).nonzero().squeeze(1) if self.early_stop else slice(None)
+        todo = (
+            (~attack_succeeded(logits, y, t)).nonzero().squeeze(1)
+            if self.early_stop
+            else slice(None)
+        )
         return y, t, todo
 
     def _worst_of_runs(self, net: Callable[[dict], Tensor], s: dict, todo) -> Tensor:
@@ -201,7 +213,7 @@ class Attack:
                 break
             with torch.no_grad():
                 logits = net(part)
-            wins = fooled(logits, part["y"], part["t"])
+            wins = attack_succeeded(logits, part["y"], part["t"])
             loss = self._loss(logits, part)
             worse = torch.where(wins == won[todo], loss > highest[todo], wins)
             worst[todo] = torch.where(column(worse, worst), part["delta"], worst[todo])
@@ -222,7 +234,7 @@ class Attack:
             (g,) = torch.autograd.grad(loss.sum(), s["delta"])
             s |= {"delta": s["delta"].detach(), "loss": loss.detach(), "g": g.nan_to_num(nan=0.0)}
             if self.early_stop:
-                done = fooled(logits, s["y"], s["t"])
+                done = attack_succeeded(logits, s["y"], s["t"])
                 result[s["index"][done]] = s["delta"][done]
                 s = select(s, ~done)
                 if len(s["index"]) == 0:
@@ -245,7 +257,7 @@ class Attack:
     def _ascend(self, s: dict, delta: Tensor, g: Tensor, length: float | Tensor, k=1) -> Tensor:
         if self.norm == "l1":  # a pixel with no room left would waste its part of the step
             g = torch.where(torch.where(g > 0, delta < s["hi"], delta > s["lo"]), g, 0)
-        return self._project(s, delta + length * steepest(g, self.norm, k))
+        return self._project(s, delta + length * steepest_step(g, self.norm, k))
 
     def _project(self, s: dict, delta: Tensor) -> Tensor:
         return project(delta, self.norm, self.epsilon, s["lo"], s["hi"])
@@ -355,7 +367,7 @@ class APGD(Attack):
         if self.steps == 0:
             return s["delta"]
         logits = net(s)
-        better = (self._loss(logits, s) > s["highest"]) | fooled(logits, s["y"], s["t"])
+        better = (self._loss(logits, s) > s["highest"]) | attack_succeeded(logits, s["y"], s["t"])
         return torch.where(column(better, s["delta"]), s["delta"], s["best"])
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepvision.attacks.norms import column, draw, size
-from deepvision.attacks.pgd import Attack, fooled, select
+from deepvision.attacks.norms import column, sample_like, size
+from deepvision.attacks.pgd import Attack, attack_succeeded, select
 
 # Halve the share of pixels at these iterations of 10,000 (section 3, "schedule")
 HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
@@ -47,7 +47,7 @@ class Square(Attack):
             s["loss"] = torch.where(better, loss, s["loss"])
             result[s["index"]] = s["delta"]
             if self.early_stop:
-                s = select(s, ~(better & fooled(logits, s["y"], s["t"])))
+                s = select(s, ~(better & attack_succeeded(logits, s["y"], s["t"])))
                 if len(s["index"]) == 0:
                     break
         return result
@@ -71,9 +71,9 @@ class Square(Attack):
         return min(H, W, max(1, round((share * H * W) ** 0.5)))
 
     def _window(self, s: dict, N: int, length: int, side: int) -> Tensor:
-        start = draw(torch.randint, (N, 1), s["y"], self.generator, length - side + 1)
+        start = sample_like(torch.randint, (N, 1), s["y"], self.generator, length - side + 1)
         places = torch.arange(length, device=start.device)
         return (places >= start) & (places < start + side)
 
     def _signs(self, s: dict, shape: tuple[int, ...]) -> Tensor:
-        return 2 * draw(torch.randint, shape, s["delta"], self.generator, 2) - 1
+        return 2 * sample_like(torch.randint, shape, s["delta"], self.generator, 2) - 1

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 
 from custom_dataloader import MAX_CLASSES, MiniPlacesLoader
-from deepvision.data.loader import obey_the_trainer
+from deepvision.data.loader import worker_init
 from deepvision.runtime.console import progress_bar
 from utils import UserError, load_image
 
@@ -33,7 +33,7 @@ def check(root: str | Path, workers: int) -> int:
     problems += classes_without_images(sets)
     split_of: dict[str, tuple[str, str]] = {}  # digest: (split, first image with that content)
     for split, dataset in sets.items():
-        for name, problem, digest in inspected(dataset, workers):
+        for name, problem, digest in iter_checked(dataset, workers):
             there, twin = split_of.setdefault(digest, (split, name))
             if problem:
                 problems.append(problem)
@@ -70,17 +70,17 @@ def classes_without_images(sets: dict[str, MiniPlacesLoader]) -> list[str]:
 
 def unreadable(datasets: list[MiniPlacesLoader], workers: int) -> list[str]:
     """The names of all images that a run should do without."""
-    return [name for d in datasets for name, problem, _ in inspected(d, workers) if problem]
+    return [name for d in datasets for name, problem, _ in iter_checked(d, workers) if problem]
 
 
-def inspected(dataset: MiniPlacesLoader, workers: int) -> Iterator[tuple[str, str, str]]:
+def iter_checked(dataset: MiniPlacesLoader, workers: int) -> Iterator[tuple[str, str, str]]:
     """(name, problem or '', digest of the pixels) of each image, in the order of the labels."""
     loader = DataLoader(
         Inspection(dataset),
         batch_size=32,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=obey_the_trainer,
+        worker_init_fn=worker_init,
     )
     with progress_bar(len(dataset), dataset.split) as bar:
         for batch in loader:

@@ -36,7 +36,7 @@ except ImportError:  # Windows: two runs that start together both build
     fcntl = None
 
 
-def keep(dataset: MiniPlacesLoader, place: str, workers: int, device: torch.device) -> None:
+def enable_cache(dataset: MiniPlacesLoader, place: str, workers: int, device: torch.device) -> None:
     """Have `dataset` read from RAM, disk or the device from now on, instead of from image files.
 
     Raises:
@@ -51,15 +51,19 @@ def keep(dataset: MiniPlacesLoader, place: str, workers: int, device: torch.devi
         shape = len(dataset), *first.shape
         dataset.read = FileImages(cache_file(dataset, shape, workers), shape).read
     elif place == "ram":
-        tell(dataset, "ram", size, free_memory())
+        check_free_space(dataset, "ram", size, free_memory())
         images = torch.empty(len(dataset), *first.shape, dtype=torch.uint8).share_memory_()
         dataset.read = RamImages(fill(images, dataset, workers)).read
     elif place == "device":
-        plan = Plan(dataset.transforms, first.shape)
-        tell(dataset, str(device), size, free_memory(device))
+        plan = AugmentParams(dataset.transforms, first.shape)
+        check_free_space(dataset, str(device), size, free_memory(device))
         images = torch.empty(len(dataset), *first.shape, dtype=torch.uint8, device=device)
         images = DeviceImages(fill(images, dataset, workers), plan)
-        dataset.read, dataset.transforms, dataset.develop = images.read, plan, images.develop
+        dataset.read, dataset.transforms, dataset.device_transform = (
+            images.read,
+            plan,
+            images.device_transform,
+        )
 
 
 def fill(images: Tensor, dataset: MiniPlacesLoader, workers: int) -> Tensor:
@@ -98,7 +102,7 @@ class Decoded(Dataset):
         return image, self.dataset.labels[index]
 
 
-def tell(dataset: MiniPlacesLoader, place: str, size: int, free: int) -> None:
+def check_free_space(dataset: MiniPlacesLoader, place: str, size: int, free: int) -> None:
     """Say what the cache takes.
 
     Raises:
@@ -178,7 +182,7 @@ def is_whole(path: Path, shape: tuple) -> bool:
 
 def build(path: Path, dataset: MiniPlacesLoader, shape: tuple, workers: int) -> None:
     """Write the file beside its place, have the disk hold it, rename it."""
-    tell(dataset, "disk", math.prod(shape), shutil.disk_usage(path.parent).free)
+    check_free_space(dataset, "disk", math.prod(shape), shutil.disk_usage(path.parent).free)
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as file:
@@ -218,7 +222,7 @@ def locked(path: Path) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 
-class Plan:
+class AugmentParams:
     """In place of a transformed image, what to do to it: a float tensor (10,) of its index, its
     warp (2, 3), and its gain per channel; drawn like the transforms' own, from `random`.
     """
@@ -251,7 +255,7 @@ class Plan:
 class DeviceImages:
     """All images (N, H, W, 3) as uint8 on a device, where `Plan`s are carried out in batches."""
 
-    def __init__(self, images: Tensor, plan: Plan) -> None:
+    def __init__(self, images: Tensor, plan: AugmentParams) -> None:
         self.images = images
         width, height = plan.size
         self.x = torch.arange(width, device=images.device)[:, None] + 0.5  # (w, 1)
@@ -265,7 +269,7 @@ class DeviceImages:
     def read(self, index: int) -> int:
         return index
 
-    def develop(self, plans: Tensor) -> Tensor:
+    def device_transform(self, plans: Tensor) -> Tensor:
         """(B, 10) -> images (B, 3, h, w), each step rounded to grey levels as on the CPU."""
         plans = plans.to(self.images.device, non_blocking=True)
         warps, gains = plans[:, 1:7].view(-1, 1, 1, 2, 3), plans[:, 7:, None, None]

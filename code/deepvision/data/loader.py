@@ -28,7 +28,7 @@ Key = tuple[int, int]  # (epoch, index)
 WHOLE = slice(0, None, 1)
 
 
-class EpochBatches:
+class ResumableBatchSampler:
     """A batch sampler whose order follows from (seed, epoch); yields lists of (epoch, index).
 
     share: the part of each batch that is yielded; several processes take one each.
@@ -63,7 +63,7 @@ class EpochBatches:
         return np.random.default_rng((self.seed, epoch)).permutation(self.n)
 
 
-class Reproducible(Dataset):
+class SeededDataset(Dataset):
     """`dataset` under keys (epoch, index): each sample's random numbers follow from (seed, key).
 
     Python's, NumPy's and torch's generators are seeded before each sample, for the transforms of
@@ -116,25 +116,25 @@ def _room(*shape: int) -> Tensor:
     return torch.empty(0).set_(storage, 0, shape)
 
 
-class Batches(DataLoader):
+class SeededLoader(DataLoader):
     """A DataLoader over `Reproducible`: raises a worker's UserError as it was.
 
-    A data set's `develop`, where it has one, makes the images of what the workers deliver.
+    A data set's `device_transform`, where it has one, makes the images of what the workers deliver.
     """
 
     def __init__(self, dataset: Dataset, batch_sampler, seed: int, workers: int, **options) -> None:
         super().__init__(
-            Reproducible(dataset, seed),
+            SeededDataset(dataset, seed),
             batch_sampler=batch_sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
-            worker_init_fn=obey_the_trainer,
+            worker_init_fn=worker_init,
             # DataLoader draws a seed for each pass; from here, not from the trainer's numbers
             generator=torch.Generator(),
             **options,
         )
-        self.develop = getattr(dataset, "develop", lambda images: images)
+        self.device_transform = getattr(dataset, "device_transform", lambda images: images)
         self.forks = workers > 0
 
     def __iter__(self) -> Iterator:
@@ -145,12 +145,12 @@ class Batches(DataLoader):
             for batch in super().__iter__():
                 if isinstance(batch, UserError):
                     raise batch
-                yield self.develop(batch[0]), *batch[1:]
+                yield self.device_transform(batch[0]), *batch[1:]
         except (ConnectionError, EOFError):  # a worker died while it handed over a batch
             raise UserError(DEAD_WORKER.format(NO_MEMORY)) from None
 
 
-def obey_the_trainer(worker: int) -> None:
+def worker_init(worker: int) -> None:
     """Ctrl-C and SIGTERM may reach every process of a group; the trainer decides what to do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # tells who sent it
@@ -190,7 +190,7 @@ def training_batches(
     workers: int,
     pin_memory: bool = False,
     share: slice = WHOLE,
-) -> Batches:
+) -> SeededLoader:
     """Shuffled batches (N, C, H, W), (N,); `.batch_sampler.set_position(epoch, batch)` steers them.
 
     Raises:
@@ -203,28 +203,28 @@ def training_batches(
             f"{len(dataset)} training images do not fill one batch of {batch_size}; "
             f"use -b {len(dataset)} or less"
         )
-    sampler = EpochBatches(len(dataset), batch_size, seed, share)
-    return Batches(dataset, sampler, seed, workers, pin_memory=pin_memory)
+    sampler = ResumableBatchSampler(len(dataset), batch_size, seed, share)
+    return SeededLoader(dataset, sampler, seed, workers, pin_memory=pin_memory)
 
 
 def validation_batches(
     dataset: Dataset, workers: int, pin_memory: bool = False, share: slice = WHOLE
-) -> Batches:
+) -> SeededLoader:
     """All images in order, in batches of 100; transforms that draw, draw the same every time."""
     keys = [(0, index) for index in range(len(dataset))]
     batches = [keys[i : i + VALIDATION_BATCH] for i in range(0, len(keys), VALIDATION_BATCH)]
     if len(batches[-1]) < share.step and len(batches) > 1:  # an image for each process
         batches[-2:] = [batches[-2] + batches[-1]]
     shares = [batch[share] for batch in batches]
-    return Batches(dataset, shares, 0, workers, pin_memory=pin_memory)
+    return SeededLoader(dataset, shares, 0, workers, pin_memory=pin_memory)
 
 
-def held_out_batch(dataset: Dataset, size: int) -> tuple[Tensor, Tensor]:
+def fixed_subset_batch(dataset: Dataset, size: int) -> tuple[Tensor, Tensor]:
     """`size` images evenly spread over the set, or all, with their labels: (N, C, H, W), (N,).
 
     Raises:
         UserError: one of them cannot be read.
     """
     indices = np.linspace(0, len(dataset) - 1, min(size, len(dataset))).astype(int).tolist()
-    images, labels = next(iter(Batches(dataset, [[(0, i) for i in indices]], 0, workers=0)))
+    images, labels = next(iter(SeededLoader(dataset, [[(0, i) for i in indices]], 0, workers=0)))
     return images, labels

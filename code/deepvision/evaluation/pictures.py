@@ -37,7 +37,7 @@ def overlay(images: np.ndarray, maps: Tensor) -> np.ndarray:
     return ((1 - weight) * grey + weight * RED).astype(np.uint8)
 
 
-def answers(logits: Tensor, categories: Sequence[str]) -> list[str]:
+def format_predictions(logits: Tensor, categories: Sequence[str]) -> list[str]:
     """'castle 63 %' for each row of logits (N, K)."""
     confidence, label = logits.float().softmax(1).max(1)
     return [

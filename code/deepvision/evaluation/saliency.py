@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvision.attacks.pgd import under_attack
+from deepvision.attacks.pgd import frozen_eval_mode
 
 
 def saliency(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,7 +18,7 @@ def saliency(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     A map holds the largest |gradient| over the channels, divided by its own largest value.
     """
-    with under_attack(model):
+    with frozen_eval_mode(model):
         x = x.detach().clone().requires_grad_(True)
         logits = model(x)
         (g,) = torch.autograd.grad(_own_loss(logits), x)
@@ -38,7 +38,7 @@ def grad_cam(model: nn.Module, x: Tensor) -> Tensor | None:
     seen = []
     hook = layers[-1].register_forward_hook(lambda _, __, output: seen.append(output))
     try:
-        with under_attack(model):
+        with frozen_eval_mode(model):
             # an input that needs a gradient: the parameters, frozen here, would ask for no graph
             # its forward: the call of a network that was compiled before has no place for the hook
             top = model.forward(x.detach().clone().requires_grad_(True)).amax(1)

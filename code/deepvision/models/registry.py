@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import student_code
-from deepvision.checkpoint import misfits
+from deepvision.checkpoint import state_dict_mismatch
 from deepvision.models.scene_net import SceneNet
 from utils import UserError
 
@@ -43,7 +43,7 @@ def _download(weights: object) -> dict[str, Tensor]:
         ) from None
 
 
-BUILDERS = {
+MODEL_REGISTRY = {
     "torch_conv": lambda n: student_code.default_cnn_model(num_classes=n),
     "custom_conv": lambda n: student_code.default_cnn_model(
         conv_op=student_code.CustomConv2d, num_classes=n
@@ -54,22 +54,22 @@ BUILDERS = {
 }
 
 
-def build(kind: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+def create_model(kind: str, num_classes: int, pretrained: bool = False) -> nn.Module:
     """Make a network; `pretrained` has a meaning for resnet18 alone."""
     if kind == "resnet18":
         return resnet18(num_classes, pretrained)
-    return BUILDERS[kind](num_classes)
+    return MODEL_REGISTRY[kind](num_classes)
 
 
-def kind_of(state_dict: dict[str, Tensor], num_classes: int) -> str:
+def infer_arch(state_dict: dict[str, Tensor], num_classes: int) -> str:
     """Tell the kind of network whose weights these are, by keys and shapes.
 
     Where none fits whole, the one with the fewest misfits is named, so that loading can say why.
     torch_conv and custom_conv have the same weights; the answer is torch_conv.
     """
     wrong = {}
-    for kind in BUILDERS:
-        wrong[kind] = len(misfits(build(kind, num_classes), state_dict))
+    for kind in MODEL_REGISTRY:
+        wrong[kind] = len(state_dict_mismatch(create_model(kind, num_classes), state_dict))
         if not wrong[kind]:  # the others stay unbuilt: a student may have yet to write them
             return kind
     return min(wrong, key=wrong.get)

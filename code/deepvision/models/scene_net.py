@@ -28,7 +28,7 @@ class SceneNet(nn.Module):
         drop_path: float = 0.1,
     ) -> None:
         super().__init__()
-        layers = [*convolution(3, width, stride=2), nn.ReLU(inplace=True)]  # 128 -> 64
+        layers = [*conv_bn(3, width, stride=2), nn.ReLU(inplace=True)]  # 128 -> 64
         channels, blocks = width, 0
         for stage, depth in enumerate(depths):  # maps of 32, 16, 8
             layers.append(nn.MaxPool2d(kernel_size=3, stride=2, padding=1))
@@ -37,11 +37,11 @@ class SceneNet(nn.Module):
                 layers.append(Block(channels, width * 2**stage, drop_path * blocks / sum(depths)))
                 channels = width * 2**stage
         # many features, of which the means over the map are taken
-        layers += [*convolution(channels, 4 * channels, kernel=1), nn.ReLU(inplace=True)]
+        layers += [*conv_bn(channels, 4 * channels, kernel=1), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(4 * channels, num_classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)  # (N, C, H / 16, W / 16)
@@ -55,11 +55,11 @@ class Block(nn.Module):
         super().__init__()
         self.shortcut = nn.Identity()
         if inputs != outputs:
-            self.shortcut = nn.Sequential(*convolution(inputs, outputs, kernel=1))
+            self.shortcut = nn.Sequential(*conv_bn(inputs, outputs, kernel=1))
         self.branch = nn.Sequential(
-            *convolution(inputs, outputs),
+            *conv_bn(inputs, outputs),
             nn.ReLU(inplace=True),
-            *convolution(outputs, outputs),
+            *conv_bn(outputs, outputs),
         )
         self.excitation = SqueezeExcitation(outputs)
         self.drop_path = DropPath(drop_path)
@@ -86,7 +86,7 @@ class SqueezeExcitation(nn.Module):
         return x * s[:, :, None, None]
 
 
-def convolution(
+def conv_bn(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """A convolution that keeps the map's size (over the stride), and its normalisation."""
@@ -94,7 +94,7 @@ def convolution(
     return conv, nn.BatchNorm2d(outputs)
 
 
-def initialise(net: SceneNet) -> None:
+def init_weights(net: SceneNet) -> None:
     """Kaiming's normal for convolutions; each branch starts at zero, as if its block were not
     there (Goyal et al., 2017, section 5.1)."""
     for module in net.modules():

@@ -33,7 +33,7 @@ def count_flops(model: nn.Module) -> int:
 
 
 @dataclass
-class Answers:
+class Predictions:
     """A network's answers to N images: labels, predictions (N,), their probabilities (N,)."""
 
     labels: np.ndarray
@@ -86,8 +86,8 @@ class Validation:
             category_name(mapping.get(str(label), str(label))) for label in range(classes)
         ]
 
-    def leave_out(self, names: list[str]) -> None:
-        self.dataset.leave_out(names)
+    def skip(self, names: list[str]) -> None:
+        self.dataset.skip(names)
 
     def images(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Normalised images (n, 3, H, W) and their labels (n,)."""
@@ -95,7 +95,7 @@ class Validation:
         return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
 
     @torch.inference_mode()
-    def ask(self, model: nn.Module, title: str) -> Answers:
+    def ask(self, model: nn.Module, title: str) -> Predictions:
         """Raises UserError when the network knows another number of categories."""
         batches = validation_batches(self.dataset, self.workers)
         labels, predictions, confidence = [], [], []
@@ -111,7 +111,7 @@ class Validation:
             predictions.append(k)
             confidence.append(p)
         columns = (torch.cat(c).numpy() for c in (labels, predictions, confidence))
-        return Answers(*columns, self.names)
+        return Predictions(*columns, self.names)
 
 
 def category_name(path: str) -> str:

@@ -11,7 +11,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from deepvision.reporting.analysis import Answers
+from deepvision.reporting.analysis import Predictions
 from deepvision.reporting.records import Curve, Run
 
 WIDTH, DPI = 9.0, 160  # inches of a figure as wide as the text
@@ -163,7 +163,7 @@ def sweep(points: Sequence[dict]) -> Figure:
 # ---------------------------------------------------------------------------------------------
 
 
-def class_accuracy(answers: dict[str, Answers]) -> Figure:
+def class_accuracy(answers: dict[str, Predictions]) -> Figure:
     """A row a category, a dot a run; of many categories the best and the worst."""
     names = next(iter(answers.values())).names
     accuracy = np.stack([a.class_accuracy for a in answers.values()])  # (runs, K)
@@ -192,7 +192,7 @@ def class_accuracy(answers: dict[str, Answers]) -> Figure:
         return figure
 
 
-def confusion(answers: Answers) -> Figure:
+def confusion(answers: Predictions) -> Figure:
     """Rows are the categories, columns what they were taken for, in per cent of the row."""
     k = len(answers.names)
     counts = answers.confusion

@@ -113,14 +113,14 @@ class Run:
         Raises:
             UserError: there is no checkpoint, or it fits none of the networks in code/.
         """
-        path = checkpoint.newest_good(self.folder / "models", (checkpoint.BEST, checkpoint.LAST))
+        path = checkpoint.latest_valid(self.folder / "models", (checkpoint.BEST, checkpoint.LAST))
         if path is None:
             raise UserError(f"{self.folder / 'models'} holds no checkpoint that can be read")
         content = checkpoint.load(path)
         kind, classes = content.get("kind"), num_classes(content["state_dict"])
-        if not isinstance(kind, str) or kind not in registry.BUILDERS:
-            kind = registry.kind_of(content["state_dict"], classes)
-        model = registry.build(kind, classes)
+        if not isinstance(kind, str) or kind not in registry.MODEL_REGISTRY:
+            kind = registry.infer_arch(content["state_dict"], classes)
+        model = registry.create_model(kind, classes)
         checkpoint.load_weights(model, content, path)
         return model.eval()
 

@@ -18,11 +18,11 @@ from deepvision import checkpoint
 from deepvision.evaluation import pictures
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.reporting import figures
-from deepvision.reporting.analysis import Answers, Validation, count_flops, count_parameters
+from deepvision.reporting.analysis import Predictions, Validation, count_flops, count_parameters
 from deepvision.reporting.document import Figure, Section, Table, Text
 from deepvision.reporting.records import Run
 from deepvision.runtime.run_logger import HYPERPARAMETERS
-from utils import UserError, from_here
+from utils import UserError, relpath
 
 NOT_TOLD = "–"
 CONFUSED_PAIRS, EXAMPLES = 3, 5
@@ -30,7 +30,7 @@ SHOWN, FACTOR = 5, 10  # images, and how much their change is amplified
 
 
 @dataclass
-class Album:
+class FigureWriter:
     """The folder that figures are saved to."""
 
     folder: Path
@@ -42,12 +42,12 @@ class Album:
 
 
 @dataclass
-class Study:
+class RunAnalysis:
     """A run, the validation images of its data folder, and its network's answers to them."""
 
     run: Run
     validation: Validation
-    answers: Answers
+    answers: Predictions
 
 
 # ---------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def settings(runs: Sequence[Run]) -> list[Table]:
     return [Table(["settings", *(run.label for run in told)], rows)]
 
 
-def curves(runs: Sequence[Run], album: Album) -> Section:
+def curves(runs: Sequence[Run], album: FigureWriter) -> Section:
     caption = (
         "Loss of single mini-batches (faint) and its moving average; accuracies after each epoch, "
         "on augmented training images and on the validation set."
@@ -123,7 +123,7 @@ def curves(runs: Sequence[Run], album: Album) -> Section:
     return Section("Learning curves", [album.add("curves", drawing, caption)])
 
 
-def robustness(run: Run, album: Album) -> Section | None:
+def robustness(run: Run, album: FigureWriter) -> Section | None:
     """What -a found with attacks given by flags; None where it was not asked."""
     rows = [
         [e["attack"], percent(e["clean_top1"]), percent(e["attacked_top1"]), warnings_of(e)]
@@ -179,7 +179,7 @@ def way_row(way: str, row: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def study(run: Run, data: Path | None, workers: int) -> Study:
+def study(run: Run, data: Path | None, workers: int) -> RunAnalysis:
     """Ask a run's network about the validation images.
 
     Raises:
@@ -189,13 +189,15 @@ def study(run: Run, data: Path | None, workers: int) -> Study:
     if folder is None:
         raise UserError("the run recorded no data folder: name it with --data")
     network = run.network
-    validation = Validation(Path(from_here(folder)), workers)
-    validation.dataset.leave_out(checkpoint.left_out(run.config) or [])
-    return Study(run, validation, validation.ask(network, run.label))
+    validation = Validation(Path(relpath(folder)), workers)
+    validation.dataset.skip(checkpoint.skipped_images(run.config) or [])
+    return RunAnalysis(run, validation, validation.ask(network, run.label))
 
 
-def categories(studies: Sequence[Study], album: Album) -> Section:
-    groups: dict[tuple[str, ...], dict[str, Answers]] = {}  # runs on the same data share a figure
+def categories(studies: Sequence[RunAnalysis], album: FigureWriter) -> Section:
+    groups: dict[
+        tuple[str, ...], dict[str, Predictions]
+    ] = {}  # runs on the same data share a figure
     for s in studies:
         groups.setdefault(tuple(s.answers.names), {})[s.run.label] = s.answers
     caption = "Share of each category's validation images that the network recognises."
@@ -206,7 +208,7 @@ def categories(studies: Sequence[Study], album: Album) -> Section:
     return Section("Accuracy by category", drawn)
 
 
-def confusion(s: Study, album: Album) -> Section:
+def confusion(s: RunAnalysis, album: FigureWriter) -> Section:
     answers, label = s.answers, s.run.label
     names, totals = answers.names, answers.confusion.sum(1)
     caption = f"What {label} takes each category for, in per cent of the category's images."
@@ -228,7 +230,7 @@ def confusion(s: Study, album: Album) -> Section:
     return Section(f"Confusion: {label}", [matrix, table, shown])
 
 
-def explanations(s: Study, album: Album) -> Section:
+def explanations(s: RunAnalysis, album: FigureWriter) -> Section:
     """Attack and saliency on images that the network recognises, each of another category."""
     title = f"Single images: {s.run.label}"
     chosen = recognised(s.answers, SHOWN)
@@ -238,7 +240,7 @@ def explanations(s: Study, album: Album) -> Section:
     return Section(title, [attack_strips(s, x, album), saliency_strips(s, x, album)])
 
 
-def attack_strips(s: Study, x: Tensor, album: Album) -> Figure:
+def attack_strips(s: RunAnalysis, x: Tensor, album: FigureWriter) -> Figure:
     """Images x (n, 3, H, W) before and after the default attack, and what it changed."""
     attack = student_code.default_attack(nn.CrossEntropyLoss())
     x_adv = attack.perturb(s.run.network, x.clone()).detach()
@@ -255,7 +257,7 @@ def attack_strips(s: Study, x: Tensor, album: Album) -> Figure:
     return album.add(f"attack_{s.run.label}", figures.picture_rows(rows), caption)
 
 
-def saliency_strips(s: Study, x: Tensor, album: Album) -> Figure:
+def saliency_strips(s: RunAnalysis, x: Tensor, album: FigureWriter) -> Figure:
     """Images x (n, 3, H, W), and over them what the answers hang on."""
     seen, blank = pictures.pixels(x), [""] * len(x)
     maps = {"gradient": saliency(s.run.network, x)[0], "Grad-CAM": grad_cam(s.run.network, x)}
@@ -269,11 +271,11 @@ def saliency_strips(s: Study, x: Tensor, album: Album) -> Figure:
 
 
 @torch.no_grad()
-def verdicts(s: Study, x: Tensor) -> list[str]:
-    return pictures.answers(s.run.network(x), s.answers.names)
+def verdicts(s: RunAnalysis, x: Tensor) -> list[str]:
+    return pictures.format_predictions(s.run.network(x), s.answers.names)
 
 
-def recognised(answers: Answers, n: int) -> list[int]:
+def recognised(answers: Predictions, n: int) -> list[int]:
     """The first image recognised of each of up to n categories."""
     right = np.flatnonzero(answers.labels == answers.predictions)
     _, first = np.unique(answers.labels[right], return_index=True)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import UserError
 
 
-def launch() -> str | None:
+def launch_id() -> str | None:
     """What torchrun's processes have in common, before and after it restarts them."""
     if not dist.is_torchelastic_launched():
         return None
@@ -36,21 +36,21 @@ def local_rank() -> int:
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[None]:
     """Meet the other processes, if there are any.
 
     Raises:
         UserError: one of them ended before its time.
     """
-    if not launch():
+    if not launch_id():
         yield
         return
     try:
         # what the processes agree on stays on the CPU, so that no GPU has to wait for it
-        meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         with (
             open(os.devnull, "w") as nowhere,
-            contextlib.redirect_stdout(sys.stdout if leads() else nowhere),
+            contextlib.redirect_stdout(sys.stdout if is_main_process() else nowhere),
         ):
             yield
         dist.destroy_process_group()
@@ -60,7 +60,7 @@ def together(device: torch.device) -> Iterator[None]:
         raise UserError("another process of this run ended before its time") from None
 
 
-def meet(backend: str) -> None:
+def init_process_group(backend: str) -> None:
     """Let each process know of all others.
 
     torchrun keeps its store over restarts, with the addresses of processes that are dead by then.
@@ -87,59 +87,61 @@ def name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         time.sleep(0.05)  # rank 0 is about to answer, or to begin and make up a newer name
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share() -> slice:
+def rank_slice() -> slice:
     """This process's part of each batch."""
-    return slice(dist.get_rank(), None, size()) if dist.is_initialized() else slice(0, None, 1)
+    return (
+        slice(dist.get_rank(), None, world_size()) if dist.is_initialized() else slice(0, None, 1)
+    )
 
 
-def replicated(model: nn.Module) -> nn.Module:
+def wrap_ddp(model: nn.Module) -> nn.Module:
     """`model`, to train with: each backward pass averages the gradients of all processes."""
-    if size() == 1:
+    if world_size() == 1:
         return model
     return DistributedDataParallel(model)
 
 
 @torch.no_grad()
-def align(model: nn.Module) -> None:
+def sync_buffers(model: nn.Module) -> None:
     """Give all processes rank 0's buffers: running statistics follow the images each has seen."""
-    if size() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def total(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum over all processes; may overwrite `x`."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def most(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of all processes' numbers."""
-    if size() == 1:
+    if world_size() == 1:
         return number
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
-def restarted() -> bool:
+def was_restarted() -> bool:
     """Whether torchrun has started any of the processes again."""
-    return most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
+    return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
 
 
-def leaders(value: Callable[[], str]) -> str:
+def broadcast_from_main(value: Callable[[], str]) -> str:
     """What rank 0 finds, for all processes."""
-    found = [value() if leads() else ""]
-    if size() > 1:
+    found = [value() if is_main_process() else ""]
+    if world_size() > 1:
         dist.broadcast_object_list(found)
     return found[0]

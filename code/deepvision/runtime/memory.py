@@ -16,7 +16,7 @@ NEVER = -1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def keep_freed() -> None:
+def retain_freed_memory() -> None:
     """From now on, have this process reuse what it frees."""
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(M_MMAP_MAX, 0)

@@ -20,8 +20,8 @@ from deepvision.checkpoint import write_atomically
 from deepvision.runtime import distributed
 from deepvision.runtime.console import print_above, progress_bar
 from deepvision.runtime.event_file import EventFile
-from deepvision.training.engine import Clock, Scores
-from utils import UserError, from_here
+from deepvision.training.engine import Metrics, StepTimer
+from utils import UserError, relpath
 
 try:
     import fcntl
@@ -44,7 +44,7 @@ def new_run(kind: str) -> Path:
     Raises:
         UserError: the logs folder cannot be written.
     """
-    if not distributed.leads():
+    if not distributed.is_main_process():
         return LOGS  # where it will write nothing
     while True:
         folder = LOGS / f"{kind}_exp_{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -57,14 +57,14 @@ def new_run(kind: str) -> Path:
             raise UserError(f"cannot make the run folder {folder}: {e.strerror}") from None
 
 
-def newest_run(kinds: Iterable[str]) -> Path | None:
+def latest_run(kinds: Iterable[str]) -> Path | None:
     """The run folder of one of these kinds that was begun last."""
     begun = {f: f.name.partition("_exp_") for f in LOGS.glob("*_exp_*")}
     folders = [f for f, (kind, _, _) in begun.items() if kind in kinds]
     return max(folders, key=lambda f: begun[f][2], default=None)
 
 
-def run_of(checkpoint: str | Path) -> Path | None:
+def run_dir_of(checkpoint: str | Path) -> Path | None:
     """The run folder that a checkpoint lies in, None for one outside any."""
     models = Path(checkpoint).resolve().parent
     return models.parent if models.name == "models" else None
@@ -82,14 +82,14 @@ def run_launched_as(launch: str) -> Path | None:
 
 def add_evaluation(folder: Path, **row: object) -> None:
     """Add what -e or -a found to evaluations.jsonl, unless the folder is somebody else's."""
-    if not distributed.leads():
+    if not distributed.is_main_process():
         return
     row = {"date": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "commit": commit(), **row}
     with contextlib.suppress(OSError), open(folder / "evaluations.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-class Logbook:
+class RunLogger:
     """One run's records in its folder.
 
     A resumed run passes its next iteration and the epochs it has done: points and rows that were
@@ -102,7 +102,7 @@ class Logbook:
 
     def __init__(self, folder: Path, step: int = 0, epochs_done: int = 0) -> None:
         self.folder = folder
-        self.claim = claim(folder)
+        self.claim = lock_run(folder)
         self.events = EventFile(folder, step or None)
         self.curves: dict[tuple[str, str], EventFile] = {}
         self.metrics = folder / "metrics.jsonl"
@@ -121,15 +121,15 @@ class Logbook:
             self.folder.name,
         )
 
-    def step(self, iteration: int, loss: float, learning_rate: float) -> None:
+    def log_step(self, iteration: int, loss: float, learning_rate: float) -> None:
         self.events.scalar("data/training_loss", loss, iteration)
         self.events.scalar("data/learning_rate", learning_rate, iteration)
 
-    def epoch(self, epoch: int, train: Scores, val: Scores, **more: float | None) -> None:
+    def log_epoch(self, epoch: int, train: Metrics, val: Metrics, **more: float | None) -> None:
         """Record one finished epoch, counted from 1; `more` goes to its row in metrics.jsonl."""
         for tag, attribute in ACCURACIES.items():
             for name, scores in (("train", train), ("val", val)):
-                self.point(f"data/{tag}", name, getattr(scores, attribute), epoch)
+                self.add_curve_point(f"data/{tag}", name, getattr(scores, attribute), epoch)
         self.rows.append(
             {
                 "epoch": epoch,
@@ -140,17 +140,19 @@ class Logbook:
             }
         )
         if "robust_top1_accuracy" in more:
-            self.point("data/top1_accuracy", "robust", more["robust_top1_accuracy"], epoch)
+            self.add_curve_point(
+                "data/top1_accuracy", "robust", more["robust_top1_accuracy"], epoch
+            )
         best = max(row["val_top1_accuracy"] for row in self.rows)
-        self.point(*BEST, best, epoch)
+        self.add_curve_point(*BEST, best, epoch)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.metrics, text.encode())
 
-    def picture(self, tag: str, image: Tensor, step: int) -> None:
+    def add_image(self, tag: str, image: Tensor, step: int) -> None:
         """Show an image (3, H, W) in [0, 1] under TensorBoard's Images."""
         self.events.image(tag, image, step)
 
-    def point(self, tag: str, curve: str, value: float, x: int) -> None:
+    def add_curve_point(self, tag: str, curve: str, value: float, x: int) -> None:
         """A point of one of the curves that one chart shows: a scalar group, as add_scalars'."""
         if (tag, curve) not in self.curves:
             folder = self.folder / _folder(tag, curve)
@@ -165,7 +167,7 @@ class Logbook:
         for file in (self.events, *self.curves.values()):
             file.sync()
 
-    def __enter__(self) -> Logbook:
+    def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,7 +177,7 @@ class Logbook:
             self.claim.close()
 
 
-def claim(folder: Path) -> BinaryIO | None:
+def lock_run(folder: Path) -> BinaryIO | None:
     """An open file; no other process can claim the run folder until it is closed.
 
     The system closes a dead process's. None where there are no locks, or nothing can be written.
@@ -191,7 +193,7 @@ def claim(folder: Path) -> BinaryIO | None:
             return file
         except BlockingIOError:
             raise UserError(
-                f"another process writes to {from_here(folder)}: let it end, or stop it"
+                f"another process writes to {relpath(folder)}: let it end, or stop it"
             ) from None
     return None
 
@@ -200,7 +202,7 @@ def _folder(tag: str, curve: str) -> str:
     return f"{tag}/{curve}".replace("/", "_")
 
 
-class MuteLogbook:
+class NullLogger:
     """What a process has that is not the one to write."""
 
     def __init__(self, folder: Path) -> None:
@@ -209,15 +211,19 @@ class MuteLogbook:
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **options: None
 
-    def __enter__(self) -> MuteLogbook:
+    def __enter__(self) -> NullLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
 
-def open_logbook(folder: Path, step: int = 0, epochs_done: int = 0) -> Logbook | MuteLogbook:
-    return Logbook(folder, step, epochs_done) if distributed.leads() else MuteLogbook(folder)
+def open_logger(folder: Path, step: int = 0, epochs_done: int = 0) -> RunLogger | NullLogger:
+    return (
+        RunLogger(folder, step, epochs_done)
+        if distributed.is_main_process()
+        else NullLogger(folder)
+    )
 
 
 def read_rows(metrics: Path, epochs: int) -> list[dict]:
@@ -247,7 +253,7 @@ class Console:
 
     def __init__(self, total: int, print_freq: int, start: int = 0) -> None:
         self.total, self.print_freq = total, print_freq
-        self.bar = progress_bar(total, start=start, hidden=not distributed.leads())
+        self.bar = progress_bar(total, start=start, hidden=not distributed.is_main_process())
 
     def step(self, i: int) -> bool:
         """Move the bar to batch i; true when this batch's line is to be printed."""
@@ -255,7 +261,7 @@ class Console:
         return i % self.print_freq == 0
 
     def train_line(
-        self, epoch: int, i: int, clock: Clock, last: Scores, mean: Scores, batch_size: int
+        self, epoch: int, i: int, clock: StepTimer, last: Metrics, mean: Metrics, batch_size: int
     ) -> None:
         seconds = max(clock.step.avg, 1e-9)
         left = timedelta(seconds=math.ceil(seconds * (self.total - i - 1)))
@@ -269,7 +275,7 @@ class Console:
             f"Left {left}",
         )
 
-    def test_line(self, i: int, clock: Clock, last: Scores, mean: Scores) -> None:
+    def test_line(self, i: int, clock: StepTimer, last: Metrics, mean: Metrics) -> None:
         self._print(
             f"Test: [{i}/{self.total}]", _timing("Time", clock.step), *_accuracies(last, mean)
         )
@@ -288,9 +294,9 @@ def _timing(name: str, meter: object) -> str:
     return f"{name} {meter.val:.3f} ({meter.avg:.3f})"
 
 
-def _accuracies(last: Scores, mean: Scores) -> tuple[str, str]:
+def _accuracies(last: Metrics, mean: Metrics) -> tuple[str, str]:
     return f"Acc@1 {last.acc1:.2f} ({mean.acc1:.2f})", f"Acc@5 {last.acc5:.2f} ({mean.acc5:.2f})"
 
 
-def final_line(scores: Scores) -> str:
+def final_line(scores: Metrics) -> str:
     return f"******Acc@1 {scores.acc1:.3f} Acc@5 {scores.acc5:.3f}"

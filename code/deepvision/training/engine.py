@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deepvision.runtime import distributed, memory
-from deepvision.training.objectives import Objective, ordinary
+from deepvision.training.objectives import Objective, standard
 from utils import AverageMeter, UserError
 
 try:
@@ -28,7 +28,7 @@ except ImportError:  # Windows
 
 
 @dataclass
-class Place:
+class DeviceContext:
     """Where the arithmetic happens, and the number format and memory layout that are fast there.
 
     amp: what networks compute in where that is safe (torch.autocast); None keeps float32.
@@ -42,19 +42,21 @@ class Place:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32; convolutions have it by default
         if self.device.type == "cpu":
-            memory.keep_freed()
+            memory.retain_freed_memory()
 
-    def network(self, model: nn.Module, compiled: bool = False) -> nn.Module:
+    def prepare_model(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """`model` itself, moved here; its parameters, their names and its logits stay float32."""
         model.to(self.device, memory_format=self.memory_format)
-        if obstacle(model, self.images(torch.zeros(1, 3, 128, 128))):  # a student's may `view`
+        if probe_backward(
+            model, self.to_device_images(torch.zeros(1, 3, 128, 128))
+        ):  # a student's may `view`
             self.memory_format = torch.contiguous_format
             model.to(memory_format=self.memory_format)
         if self.amp:
             forward = torch.autocast(self.device.type, self.amp)(type(model).forward)
             model.forward = MethodType(forward, model)  # a copy of the model gets its own
             model.register_forward_hook(lambda module, inputs, logits: logits.float())
-            if reason := obstacle(model, self.images(torch.zeros(1, 3, 128, 128))):
+            if reason := probe_backward(model, self.to_device_images(torch.zeros(1, 3, 128, 128))):
                 raise UserError(
                     f"--amp: the network's own backward pass mixes formats ({reason}): leave it out"
                 )
@@ -66,10 +68,10 @@ class Place:
         """Keeps small gradients above zero in float16; does nothing in other formats."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
 
-    def images(self, x: Tensor) -> Tensor:
+    def to_device_images(self, x: Tensor) -> Tensor:
         return x.to(self.device, non_blocking=True, memory_format=self.memory_format)
 
-    def labels(self, y: Tensor) -> Tensor:
+    def to_device_labels(self, y: Tensor) -> Tensor:
         return y.to(self.device, non_blocking=True)
 
     def peak_memory(self) -> int | None:
@@ -89,7 +91,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
-def obstacle(model: nn.Module, x: Tensor) -> str | None:
+def probe_backward(model: nn.Module, x: Tensor) -> str | None:
     """Why `model` does not go forward and back in the memory layout of x; None if it does."""
     trial = copy.deepcopy(model).eval()
     try:
@@ -101,7 +103,7 @@ def obstacle(model: nn.Module, x: Tensor) -> str | None:
     return None
 
 
-class Tally:
+class EpochMetrics:
     """Loss, top-1 and top-5 summed on the device; `read` is the only point that synchronises.
 
     It sums over all processes, which therefore have to read together.
@@ -113,7 +115,7 @@ class Tally:
         self.finite = torch.zeros((), device=device)  # batches before the loss left the numbers
 
     @torch.no_grad()
-    def add(self, logits: Tensor, target: Tensor, loss: Tensor | None = None) -> None:
+    def update(self, logits: Tensor, target: Tensor, loss: Tensor | None = None) -> None:
         """Count one batch: logits (N, K), target (N,), loss the batch's mean."""
         n, k = logits.shape
         hits = logits.topk(min(5, k)).indices == target[:, None]  # (N, 5)
@@ -123,26 +125,26 @@ class Tally:
         self.sums += self.last
         self.finite += self.sums[0].isfinite()  # a sum that was not finite once stays so
 
-    def read(self) -> tuple[Scores, Scores]:
+    def compute(self) -> tuple[Metrics, Metrics]:
         """The scores of the latest batch and of all batches so far."""
-        last, sums = distributed.total(torch.stack([self.last, self.sums])).tolist()
-        return Scores.of(*last), Scores.of(*sums)
+        last, sums = distributed.all_reduce_sum(torch.stack([self.last, self.sums])).tolist()
+        return Metrics.of(*last), Metrics.of(*sums)
 
-    def state(self) -> list[float]:
+    def state_dict(self) -> list[float]:
         """For `restore`: the sums over all processes, and the batches before the first bad one."""
-        return [*distributed.total(self.sums.clone()).tolist(), self.finite_batches()]
+        return [*distributed.all_reduce_sum(self.sums.clone()).tolist(), self.finite_batches()]
 
     def finite_batches(self) -> int:
-        return -distributed.most(-int(self.finite))
+        return -distributed.all_reduce_max(-int(self.finite))
 
-    def restore(self, state: list[float]) -> None:
-        if distributed.leads():
+    def load_state_dict(self, state: list[float]) -> None:
+        if distributed.is_main_process():
             self.sums = torch.tensor(state[:4], device=self.sums.device)
         self.finite = torch.tensor(state[4], device=self.sums.device)
 
 
 @dataclass(frozen=True)
-class Scores:
+class Metrics:
     """A mean loss and two accuracies in per cent."""
 
     loss: float
@@ -150,13 +152,13 @@ class Scores:
     acc5: float
 
     @classmethod
-    def of(cls, loss: float, hits1: float, hits5: float, n: float) -> Scores:
+    def of(cls, loss: float, hits1: float, hits5: float, n: float) -> Metrics:
         n = max(n, 1)
         return cls(loss / n, 100 * hits1 / n, 100 * hits5 / n)
 
 
 @dataclass
-class Clock:
+class StepTimer:
     """Seconds a step took, and how many of them it waited for data."""
 
     step: AverageMeter = field(default_factory=AverageMeter)
@@ -180,12 +182,12 @@ def train_epoch(
     criterion: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    place: Place,
-    tally: Tally,
-    clock: Clock,
+    place: DeviceContext,
+    tally: EpochMetrics,
+    clock: StepTimer,
     seed: int,
     clip_grad: float = 0.0,
-    objective: Objective = ordinary,
+    objective: Objective = standard,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Iterator[float]:
     """Train on each batch and yield its learning rate.
@@ -198,7 +200,7 @@ def train_epoch(
     model.train()
     for x, y in batches:
         clock.data_arrived()
-        x, y = place.images(x), place.labels(y)
+        x, y = place.to_device_images(x), place.to_device_labels(y)
         step = scheduler.last_epoch
         torch.manual_seed(hash((seed, step)))
         for logits, loss in objective(model, criterion, x, y, step):  # noqa: B007
@@ -212,7 +214,7 @@ def train_epoch(
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
 
-        tally.add(logits, y, loss)
+        tally.update(logits, y, loss)
         clock.step_done()
         yield rate
 
@@ -220,10 +222,10 @@ def train_epoch(
 def evaluate(
     model: nn.Module,
     batches: Iterable,
-    place: Place,
-    plain: Tally,
-    clock: Clock,
-    mirrored: Tally | None = None,
+    place: DeviceContext,
+    plain: EpochMetrics,
+    clock: StepTimer,
+    mirrored: EpochMetrics | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Count hits over all batches and yield each batch's images (N, C, H, W) and labels (N,).
 
@@ -232,12 +234,12 @@ def evaluate(
     model.eval()
     for x, y in batches:
         clock.data_arrived()
-        x, y = place.images(x), place.labels(y)
+        x, y = place.to_device_images(x), place.to_device_labels(y)
         with torch.inference_mode():
             logits = model(x)
-            plain.add(logits, y)
+            plain.update(logits, y)
             if mirrored is not None:
-                mirrored.add((logits + model(x.flip(3))) / 2, y)
+                mirrored.update((logits + model(x.flip(3))) / 2, y)
         clock.step_done()
         yield x, y
 
@@ -246,10 +248,10 @@ def attack(
     model: nn.Module,
     batches: Iterable,
     perturb: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    place: Place,
-    clean: Tally,
-    adversarial: Tally,
-    clock: Clock,
+    place: DeviceContext,
+    clean: EpochMetrics,
+    adversarial: EpochMetrics,
+    clock: StepTimer,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Attack every batch, count hits before and after, yield (images, attacked images, labels).
 
@@ -258,10 +260,10 @@ def attack(
     model.eval()
     for x, y in batches:
         clock.data_arrived()
-        x, y = place.images(x), place.labels(y)
+        x, y = place.to_device_images(x), place.to_device_labels(y)
         x_adv = perturb(model, x.clone(), y).detach()
         with torch.no_grad():
-            clean.add(model(x), y)
-            adversarial.add(model(x_adv), y)
+            clean.update(model(x), y)
+            adversarial.update(model(x_adv), y)
         clock.step_done()
         yield x, x_adv, y

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvision.attacks.norms import Pixels, project, random_start, steepest
-from deepvision.attacks.pgd import FGSM, PGD, under_attack
+from deepvision.attacks.norms import InputScale, project, random_start, steepest_step
+from deepvision.attacks.pgd import FGSM, PGD, frozen_eval_mode
 
 Losses = Iterator[tuple[Tensor, Tensor]]  # (logits (N, K), loss ()), one for each step
 Objective = Callable[[nn.Module, nn.Module, Tensor, Tensor, int], Losses]
@@ -32,7 +32,7 @@ Objective = Callable[[nn.Module, nn.Module, Tensor, Tensor, int], Losses]
 STEPS = {"pgd": 3, "fgsm-rs": 1, "free": 2, "trades": 3}  # of the attack; replays where free
 
 
-def ordinary(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, step: int = 0) -> Losses:
+def standard(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, step: int = 0) -> Losses:
     """The objective of ordinary training."""
     logits = model(x)
     yield logits, criterion(logits, y)
@@ -57,7 +57,7 @@ class AdversarialTraining:
     mode: str = "pgd"
     epsilon: float = 4.0
     steps: int = 3
-    pixels: Pixels = Pixels("255")
+    pixels: InputScale = InputScale("255")
     prob: float = 1.0
     blend: float = 0.0
     ramp: tuple[int, int] = (0, 0)
@@ -76,20 +76,20 @@ class AdversarialTraining:
     ) -> Losses:
         epsilon = self.epsilon_at(step)
         if epsilon == 0 or torch.rand(()) >= self.prob:
-            return ordinary(model, criterion, x, y)
+            return standard(model, criterion, x, y)
         if self.mode == "free":
             return self._free(model, criterion, x, y, epsilon)
         if self.mode == "trades":
             return self._trades(model, criterion, x, y, epsilon)
         x_adv = self.attack(epsilon).perturb(model, x, y)
-        return ordinary(model, criterion, torch.lerp(x_adv, x, self.blend), y)
+        return standard(model, criterion, torch.lerp(x_adv, x, self.blend), y)
 
     def attack(self, epsilon: float) -> PGD:
         kind = FGSM if self.mode == "fgsm-rs" else PGD
         return kind(epsilon=epsilon, steps=self.steps, random_start=True, pixels=self.pixels)
 
     def _free(self, model, criterion, x, y, epsilon) -> Losses:
-        scale, (lo, hi) = self.pixels.scale(x), self.pixels.room(x)
+        scale, (lo, hi) = self.pixels.scale(x), self.pixels.delta_bounds(x)
         delta = random_start(lo, hi, "linf", epsilon)
         for left in reversed(range(self.steps)):
             delta.requires_grad_(left > 0)  # the pixels' gradient costs, and none needs the last
@@ -97,11 +97,11 @@ class AdversarialTraining:
             yield logits, criterion(logits, y)
             if left > 0:
                 g = delta.grad  # of the backward pass that the weights were trained by
-                step = epsilon * steepest(g, "linf")
+                step = epsilon * steepest_step(g, "linf")
                 delta = project(delta.detach() + step, "linf", epsilon, lo, hi)
 
     def _trades(self, model, criterion, x, y, epsilon) -> Losses:
-        with under_attack(model), torch.no_grad():
+        with frozen_eval_mode(model), torch.no_grad():
             p = model(x).softmax(1)
         attack = replace(self.attack(epsilon), loss=lambda logits, *_: divergence(logits, p))
         x_adv = attack.perturb(model, x, y)
@@ -119,12 +119,12 @@ def divergence(logits: Tensor, p: Tensor) -> Tensor:
 def robust_accuracy(model: nn.Module, attack: PGD, x: Tensor, y: Tensor) -> float:
     """The share of x (N, C, H, W) that keeps its label y (N,) under attack, in per cent."""
     x_adv = attack.perturb(model, x, y)
-    with under_attack(model), torch.no_grad():
+    with frozen_eval_mode(model), torch.no_grad():
         return 100 * (model(x_adv).argmax(1) == y).float().mean().item()
 
 
 @dataclass
-class Watchdog:
+class CatastrophicOverfittingGuard:
     """Notices catastrophic overfitting: trained on weak attacks, a network may lose all its
     robustness against strong ones within an epoch (Wong et al., 2020, section 5.4).
 

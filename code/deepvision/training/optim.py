@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks.norms import Pixels
-from deepvision.training.engine import Place
-from deepvision.training.objectives import STEPS, AdversarialTraining, Losses, Objective, ordinary
+from deepvision.attacks.norms import InputScale
+from deepvision.training.engine import DeviceContext
+from deepvision.training.objectives import STEPS, AdversarialTraining, Losses, Objective, standard
 from utils import LinearWarmupCosineAnnealingLR
 
-COURSE = {
+DEFAULTS = {
     "lr": 0.1,
     "wd": 1e-4,
     "label_smoothing": 0.0,
@@ -31,9 +31,9 @@ SCENE_NET = {
 RECIPES = {"scene_net": SCENE_NET}  # by kind of network; the others follow the course's
 
 
-def follow(args: Namespace, kind: str) -> None:
+def resolve_defaults(args: Namespace, kind: str) -> None:
     """Give flags that were left out what the network's recipe says. Attacked batches stay whole."""
-    values = RECIPES.get(kind, COURSE)
+    values = RECIPES.get(kind, DEFAULTS)
     if args.at:
         values = values | {"cutmix": 0.0}
     for name, value in values.items():
@@ -42,12 +42,12 @@ def follow(args: Namespace, kind: str) -> None:
 
 
 def make_optimizer(
-    args: Namespace, kind: str, model: nn.Module, place: Place
+    args: Namespace, kind: str, model: nn.Module, place: DeviceContext
 ) -> torch.optim.Optimizer:
     fused = place.device.type == "cuda"  # one kernel for all parameters
     if kind == "vit":
         return torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=fused)
-    parameters = decayed_and_not(model) if kind == "scene_net" else model.parameters()
+    parameters = weight_decay_groups(model) if kind == "scene_net" else model.parameters()
     optimizer = torch.optim.SGD(
         parameters, args.lr, momentum=args.momentum, weight_decay=args.wd, fused=fused
     )
@@ -58,14 +58,14 @@ def make_optimizer(
     return optimizer
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
+def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Momentum and moments start at zero again."""
     for memory in optimizer.state.values():
         for value in filter(torch.is_tensor, memory.values()):
             value.zero_()
 
 
-def decayed_and_not(model: nn.Module) -> list[dict]:
+def weight_decay_groups(model: nn.Module) -> list[dict]:
     """Weight decay for matrices and kernels alone, not for biases, nor for what normalisation
     scales and shifts by (He et al., 2019, "Bag of Tricks", section 3.1)."""
     parameters = list(model.parameters())
@@ -75,7 +75,7 @@ def decayed_and_not(model: nn.Module) -> list[dict]:
     ]
 
 
-def make_schedule(
+def make_scheduler(
     args: Namespace, optimizer: torch.optim.Optimizer, steps: int, done: int
 ) -> LinearWarmupCosineAnnealingLR:
     """The schedule for `steps` steps an epoch, of which the run has done `done` in all.
@@ -92,7 +92,7 @@ def make_schedule(
     )
 
 
-def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | None:
+def make_adv_training(args: Namespace, total_steps: int) -> AdversarialTraining | None:
     """The mode of --at. From scratch, a quarter of the run is clean and epsilon full from 3/4 on;
     a network that begins with --weights is attacked at once, at full size after a quarter."""
     if args.at is None:
@@ -102,7 +102,7 @@ def make_adversary(args: Namespace, total_steps: int) -> AdversarialTraining | N
         mode=args.at,
         epsilon=args.at_eps,
         steps=STEPS[args.at] if args.pgd_steps is None else args.pgd_steps,
-        pixels=Pixels("255", IMAGENET_MEAN, IMAGENET_STD),
+        pixels=InputScale("255", IMAGENET_MEAN, IMAGENET_STD),
         prob=args.pgd_prob,
         blend=args.pgd_blend,
         ramp=(0, quarter) if args.weights else (quarter, 3 * quarter),
@@ -114,7 +114,7 @@ def make_objective(
 ) -> Objective:
     if args.cutmix:
         return cutmix(num_classes, args.cutmix)
-    return adversary or ordinary
+    return adversary or standard
 
 
 def cutmix(num_classes: int, prob: float) -> Objective:
@@ -134,12 +134,12 @@ def cutmix(num_classes: int, prob: float) -> Objective:
     ) -> Losses:
         if torch.rand(()) < prob:
             x, y = mix(x, y)  # y: (N,) -> (N, K)
-        return ordinary(model, criterion, x, y)
+        return standard(model, criterion, x, y)
 
     return objective
 
 
-def make_average(
+def make_ema(
     args: Namespace, model: nn.Module, total_steps: int, done: int
 ) -> AveragedModel | None:
     """The exponential moving average of `model` that --ema asks for, statistics included.

@@ -47,7 +47,7 @@ class SavePoint:
 
     def _agree(self, late: bool) -> bool:
         """Whether any process was asked to stop, or is late; asked of all at once."""
-        number, late = divmod(distributed.most(2 * self.request + late), 2)
+        number, late = divmod(distributed.all_reduce_max(2 * self.request + late), 2)
         if number:
             self.stopped_by = signal.Signals(number)
         return self.stopped_by is not None or bool(late)

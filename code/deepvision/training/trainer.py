@@ -16,14 +16,14 @@ from torch.utils.data import Dataset
 from deepvision import checkpoint
 from deepvision.attacks.pgd import PGD
 from deepvision.checkpoint import Progress
-from deepvision.data.loader import held_out_batch, training_batches, validation_batches
+from deepvision.data.loader import fixed_subset_batch, training_batches, validation_batches
 from deepvision.runtime import distributed, run_logger
 from deepvision.runtime.run_logger import Console
 from deepvision.training import engine, optim
-from deepvision.training.engine import Clock, Place, Scores, Tally
-from deepvision.training.objectives import Watchdog, robust_accuracy
+from deepvision.training.engine import DeviceContext, EpochMetrics, Metrics, StepTimer
+from deepvision.training.objectives import CatastrophicOverfittingGuard, robust_accuracy
 from deepvision.training.signals import SavePoint
-from utils import UserError, from_here
+from utils import UserError, relpath
 
 ARCHITECTURES = {"torch_conv": "simplenet", "custom_conv": "simplenet"}  # the course's names
 IN_EPOCH = ("position", "tally", "seconds", "order")  # what a checkpoint says of an epoch under way
@@ -45,12 +45,12 @@ class Trainer:
         content: dict,
         train_set: Dataset,
         val_set: Dataset,
-        place: Place,
+        place: DeviceContext,
     ) -> None:
         self.args, self.kind, self.model, self.place = args, kind, model, place
         pin = place.device.type == "cuda"
         self.train_set, self.left_out = train_set, sorted(train_set.left_out + val_set.left_out)
-        share = distributed.share()
+        share = distributed.rank_slice()
         self.batches = training_batches(
             train_set, args.batch_size, args.seed, args.workers, pin, share
         )
@@ -60,25 +60,25 @@ class Trainer:
         order = {"-b": args.batch_size, "--seed": args.seed, "images": fingerprint(train_set)}
         self.progress = Progress(args.start_epoch, order=order)
         if content:
-            self.progress, lost = checkpoint.progress_of(content, order)
+            self.progress, lost = checkpoint.load_progress(content, order)
             for line in filter(None, (lost, checkpoint.load_optimizer(self.optimizer, content))):
                 print(f"Resuming: {line}.")
             checkpoint.load_scaler(self.scaler, content)
         steps, total = len(self.batches), args.epochs * len(self.batches)
         done = self.progress.epoch * steps + self.progress.position
-        self.scheduler = optim.make_schedule(args, self.optimizer, steps, done)
-        self.average = optim.make_average(args, model, total, done)
+        self.scheduler = optim.make_scheduler(args, self.optimizer, steps, done)
+        self.average = optim.make_ema(args, model, total, done)
         self.network = self.average.module if self.average else model
         if content.get("trained") is not None:
             checkpoint.load_weights(model, content, args.resume, "trained")
-        self.adversary = optim.make_adversary(args, total)
+        self.adversary = optim.make_adv_training(args, total)
         self.objective = optim.make_objective(args, self.adversary, val_set.num_classes)
         if self.adversary:
-            self.held_out = held_out_batch(val_set, HELD_OUT)
-            self.watchdog = Watchdog(chance=100 / val_set.num_classes)
+            self.held_out = fixed_subset_batch(val_set, HELD_OUT)
+            self.watchdog = CatastrophicOverfittingGuard(chance=100 / val_set.num_classes)
             checkpoint.load_watchdog(self.watchdog, model, content)
         self.resumed_from = args.resume if content else None
-        self.replica = distributed.replicated(model)
+        self.replica = distributed.wrap_ddp(model)
 
     def train(self) -> int:
         """Train to args.epochs; return the exit code, 128 + the signal if one stopped the run."""
@@ -86,12 +86,12 @@ class Trainer:
         if progress.epoch >= args.epochs:
             print(f"This run has done {progress.epoch} epochs: raise --epochs to go on.")
             return 0
-        own = run_logger.run_of(self.resumed_from) if self.resumed_from else None
+        own = run_logger.run_dir_of(self.resumed_from) if self.resumed_from else None
         self.folder = own or run_logger.new_run(self.kind)
         self.models = self.folder / "models"
-        print(f"Logs and checkpoints: {from_here(self.folder)}")
+        print(f"Logs and checkpoints: {relpath(self.folder)}")
         with (
-            run_logger.open_logbook(
+            run_logger.open_logger(
                 self.folder, self.scheduler.last_epoch, progress.epoch
             ) as self.book,
             SavePoint(args.save_every) as self.point,
@@ -102,7 +102,7 @@ class Trainer:
                     "device": engine.device_name(self.place.device),
                     "arguments": vars(args),
                     "left_out": self.left_out,
-                    "launch": distributed.launch(),
+                    "launch": distributed.launch_id(),
                 }
             )
             while progress.epoch < args.epochs:
@@ -118,9 +118,9 @@ class Trainer:
         """
         progress, first = self.progress, self.progress.position
         self.began = time.perf_counter() - progress.seconds
-        tally, clock = Tally(self.place.device), Clock()
+        tally, clock = EpochMetrics(self.place.device), StepTimer()
         if progress.tally:
-            tally.restore(progress.tally)
+            tally.load_state_dict(progress.tally)
         self.batches.batch_sampler.set_position(progress.epoch, first)
         steps = engine.train_epoch(
             self.replica,
@@ -142,12 +142,12 @@ class Trainer:
                 if self.average:
                     self.average.update_parameters(self.model)
                 if console.step(i):
-                    last, mean = tally.read()
+                    last, mean = tally.compute()
                     self._check_loss(mean, tally)
                     console.train_line(
                         progress.epoch + 1, i, clock, last, mean, self.args.batch_size
                     )
-                    self.book.step(self.scheduler.last_epoch - 1, last.loss, rate)
+                    self.book.log_step(self.scheduler.last_epoch - 1, last.loss, rate)
                 if self.point.due():
                     self._keep(tally)
                     self._save_last()
@@ -156,12 +156,12 @@ class Trainer:
         self._keep(tally)
         return clock.step.avg
 
-    def _keep(self, tally: Tally) -> None:
+    def _keep(self, tally: EpochMetrics) -> None:
         """Take the sums so far into `progress`, if they and the weights are finite."""
-        self._check_loss(tally.read()[1], tally)
-        if bad := checkpoint.not_finite(self._content()):
+        self._check_loss(tally.compute()[1], tally)
+        if bad := checkpoint.first_nonfinite(self._content()):
             raise self._diverged(f"{bad} is no longer finite", self.progress.position - 1)
-        self.progress.tally = tally.state()
+        self.progress.tally = tally.state_dict()
         self.progress.seconds = time.perf_counter() - self.began
 
     def _finish_epoch(self, seconds: float) -> bool:
@@ -175,11 +175,11 @@ class Trainer:
             self._save_last()
             return False
         print(run_logger.final_line(val))
-        train = Scores.of(*progress.tally[:4])
+        train = Metrics.of(*progress.tally[:4])
         robust = self._measure_robustness() if self.adversary else {}
         progress.epoch, progress.position, progress.tally = progress.epoch + 1, 0, []
         progress.seconds = 0.0
-        self.book.epoch(
+        self.book.log_epoch(
             progress.epoch,
             train,
             val,
@@ -217,11 +217,16 @@ class Trainer:
 
     def _measure_robustness(self) -> dict[str, float]:
         """Accuracy under PGD-10 on the held-out batch; on its collapse, the last good weights."""
-        x, y = self.place.images(self.held_out[0]), self.place.labels(self.held_out[1])
+        x, y = (
+            self.place.to_device_images(self.held_out[0]),
+            self.place.to_device_labels(self.held_out[1]),
+        )
         adversary, epoch = self.adversary, self.progress.epoch + 1
         attack = PGD(epsilon=adversary.epsilon, pixels=adversary.pixels, early_stop=True)
         robust = robust_accuracy(self.network, attack, x, y)
-        robust = distributed.total(torch.tensor(robust)).item() / distributed.size()  # one mind
+        robust = (
+            distributed.all_reduce_sum(torch.tensor(robust)).item() / distributed.world_size()
+        )  # one mind
         print(
             f"Robust accuracy {robust:.1f} (untargeted PGD-{attack.steps}, l_inf, "
             f"eps {attack.epsilon:g}/255, {len(y)} validation images)"
@@ -230,7 +235,7 @@ class Trainer:
         collapsed = epsilon > 0 and self.watchdog.collapsed(self.network, robust, epoch)
         if collapsed:
             self.model.load_state_dict(self.network.state_dict())
-            optim.forget(self.optimizer)  # it remembers the way into the collapse
+            optim.reset_optimizer_state(self.optimizer)  # it remembers the way into the collapse
             print(
                 f"Catastrophic overfitting: robust accuracy fell from {self.watchdog.best:.1f}; "
                 f"the weights of epoch {self.watchdog.epoch} are restored. If it comes again, "
@@ -242,18 +247,18 @@ class Trainer:
             "collapsed": collapsed,
         }
 
-    def _validate(self) -> Scores | None:
+    def _validate(self) -> Metrics | None:
         """Plain accuracy over the validation set; None if a stop is asked for meanwhile."""
-        distributed.align(self.network)
-        tally, clock = Tally(self.place.device), Clock()
+        distributed.sync_buffers(self.network)
+        tally, clock = EpochMetrics(self.place.device), StepTimer()
         passes = engine.evaluate(self.network, self.val_batches, self.place, tally, clock)
         with Console(len(self.val_batches), self.args.print_freq) as console:
             for i, _ in enumerate(passes):
                 if console.step(i):
-                    console.test_line(i, clock, *tally.read())
+                    console.test_line(i, clock, *tally.compute())
                 if self.point.stopped():
                     return None
-        return tally.read()[1]
+        return tally.compute()[1]
 
     def _content(self) -> dict:
         progress = self.progress
@@ -279,7 +284,7 @@ class Trainer:
         checkpoint.save(self.models / checkpoint.LAST, self._content(), previous)
         self.point.saved()
 
-    def _check_loss(self, mean: Scores, tally: Tally) -> None:
+    def _check_loss(self, mean: Metrics, tally: EpochMetrics) -> None:
         if not math.isfinite(mean.loss):
             raise self._diverged(f"the loss became {mean.loss}", tally.finite_batches())
 
@@ -290,16 +295,16 @@ class Trainer:
         listed = self.folder / "bad_batch.txt"
         checkpoint.write_atomically(listed, "\n".join([*names, ""]).encode())
         rate = self.scheduler.rates(epoch * steps + batch)[0]
-        good = checkpoint.newest_good(self.models)
+        good = checkpoint.latest_valid(self.models)
         return UserError(
             f"{what} in epoch {epoch + 1}, step {batch + 1} of {steps} (learning rate {rate:.3g}), "
-            f"on {names[0]} and {len(names) - 1} more, listed in {from_here(listed)}; "
-            + (f"the last good checkpoint is {from_here(good)}" if good else "none was saved")
+            f"on {names[0]} and {len(names) - 1} more, listed in {relpath(listed)}; "
+            + (f"the last good checkpoint is {relpath(good)}" if good else "none was saved")
             + ": try a lower --lr"
         )
 
     def _report_stop(self) -> int:
-        last = from_here(self.models / checkpoint.LAST)
+        last = relpath(self.models / checkpoint.LAST)
         words = [w for w in sys.argv if not w.startswith(("--resume=", "--start-epoch="))]
         for flag in {"--resume", "--start-epoch"} & set(words):
             at = words.index(flag)
