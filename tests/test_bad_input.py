@@ -31,47 +31,6 @@ RGB = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------
-# Label files
-# ---------------------------------------------------------------------------------------------
-
-NOT_PLAIN = "is not a plain path below the image folder"
-GOOD = "train/a/b/1.jpg 0\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("train/a/b/1.jpg\n", "line 1: expected 'path label', got 'train/a/b/1.jpg'"),
-        (GOOD + "\n x.jpg one\n", "line 3: expected 'path label', got ' x.jpg one'"),
-        (GOOD + "x.jpg -1\n", "line 2: expected 'path label', got 'x.jpg -1'"),
-        (GOOD + "x.jpg 10\n", "line 2: label 10 is not in 0..9"),
-        (GOOD + GOOD, "line 2: train/a/b/1.jpg is listed already, in line 1"),
-        ("../../etc/x.jpg 1\n", f"line 1: '../../etc/x.jpg' {NOT_PLAIN}"),
-        ("a/../../x.jpg 1\n", f"line 1: 'a/../../x.jpg' {NOT_PLAIN}"),
-        ("/etc/x.jpg 1\n", f"line 1: '/etc/x.jpg' {NOT_PLAIN}"),
-        ("C:/x.jpg 1\n", f"line 1: 'C:/x.jpg' {NOT_PLAIN}"),
-        (b"\xff\xfe\n", "line 1: this is not UTF-8 text"),
-    ],
-    ids=lambda v: str(v)[:20],
-)
-def test_a_wrong_line_is_told_with_its_number(tmp_path, text, message):
-    path = tmp_path / "train.txt"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError) as refusal:
-        read_label_file(path, 10)
-    assert str(refusal.value) == f"{path}, {message}"
-
-
-def test_files_of_windows_editors_and_linked_folders_are_normal(sample_root, tmp_path):
-    (tmp_path / "images").symlink_to(sample_root / "images", target_is_directory=True)
-    lines = (sample_root / "train.txt").read_text().splitlines()
-    (tmp_path / "train.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
-    dataset = MiniPlacesLoader(tmp_path, num_classes=10)
-    assert [f"{p} {n}" for p, n in zip(dataset.paths, dataset.labels, strict=True)] == lines
-    assert dataset[3][0].shape[2] == 3
-
-
-# ---------------------------------------------------------------------------------------------
 # Whole runs, with a small network
 # ---------------------------------------------------------------------------------------------
 
