@@ -12,6 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 
@@ -21,6 +22,7 @@ except ImportError:
     simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # AVIF: from Pillow 11.3 on
+DECODER = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg and simplejpeg.__version__}"
 MAX_PIXELS, MAX_RATIO = 2**26, 100
 
 UNREADABLE = f"it is damaged or not an image ({', '.join(FORMATS)})"

@@ -1,42 +1,46 @@
-"""The data set and its loaders: label files, reproducibility, errors that cross processes."""
+"""Batches: reproducible, the same under every start method; errors cross processes as one line."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
-import shutil
 import signal
+import subprocess
+import sys
+import time
+import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from small_dataset import AUGMENT, VAL, make_root
 
-from custom_dataloader import MiniPlacesLoader, count_classes
-from custom_transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    CenterCrop,
-    Compose,
-    Normalize,
-    RandomColor,
-    RandomHorizontalFlip,
-    RandomRotate,
-    RandomSizedCrop,
-    Scale,
-    ToTensor,
-)
+from custom_dataloader import MiniPlacesLoader
 from deepvision.data.loader import (
     ResumableBatchSampler,
     SeededDataset,
     training_batches,
     validation_batches,
 )
-from utils import UserError, save_image
+from utils import UserError
+
+
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = multiprocessing.get_all_start_methods()
+
+
+@pytest.fixture(params=METHODS)
+def start_method(request):
+    """Workers start as on Linux until Python 3.13, as from 3.14 on, as on macOS and Windows."""
+    previous = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(previous, force=True)
+
 
 @pytest.fixture
 def root(tmp_path):
@@ -169,12 +173,12 @@ def test_neighbouring_samples_draw_unlike_numbers():
             return random.random(), np.random.rand(), third  # noqa: NPY002
 
     keys = [(epoch, index) for epoch in (0, 1, 10) for index in range(500)]
-    draws = np.array(SeededDataset(Draws(), seed=1).__getitems__(keys))
+    draws = np.array(SeededDataset(Draws(), seed=1).__getitems__(keys)[0])
     assert len(np.unique(draws)) == draws.size
     assert np.abs(draws.mean(0) - 0.5).max() < 0.03
     assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.1
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.1
-    assert not np.isin(draws, SeededDataset(Draws(), seed=2).__getitems__(keys)).any()
+    assert not np.isin(draws, SeededDataset(Draws(), seed=2).__getitems__(keys)[0]).any()
 
 
 def test_validation_is_in_order_and_whole(tmp_path):
@@ -205,18 +209,55 @@ def test_too_few_images_for_one_batch(root):
     assert len(training_batches(MiniPlacesLoader(root), 24, 1, 0)) == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_one_line_with_its_name(root, workers):
+def bad_root(root):
+    """A web page in place of an image, in the fourth of six training batches at the latest."""
     data = MiniPlacesLoader(root, transforms=VAL)
     bad = data.image_folder / data.paths[13]
     bad.write_bytes(b"<html>quota exceeded</html>")
-    loader = training_batches(data, 4, 1, workers)
-    with pytest.raises(UserError) as error:
-        list(loader)
-    assert str(error.value) == f"cannot read the image {bad}: it is damaged or not an image"
+    return data, bad
+
+
+def test_a_bad_image_is_one_line_with_its_name(root):
+    data, bad = bad_root(root)
+    with pytest.raises(UserError, match=f"^cannot read the image {bad}: it is damaged or not an i"):
+        list(training_batches(data, 4, 1, workers=0))
     bad.unlink()
-    with pytest.raises(UserError, match=f"cannot read the image .*{bad.name}: No such file"):
-        list(validation_batches(data, workers))
+    with pytest.raises(UserError, match=f"^cannot read the image {bad}: No such file"):
+        list(validation_batches(data, workers=0))
+
+
+def test_samples_and_errors_are_the_same_under_every_start_method(root, start_method):
+    data = MiniPlacesLoader(root, transforms=AUGMENT)
+    expected = collect(training_batches(data, 6, 2024, 0))
+    assert all(map(torch.equal, collect(training_batches(data, 6, 2024, 2)), expected))
+    data, bad = bad_root(root)
+    with pytest.raises(UserError, match=f"^cannot read the image {bad}: it is damaged or not an i"):
+        list(training_batches(data, 4, 1, workers=1))
+
+
+def test_a_damaged_image_is_reported_once(root, capfd):
+    data = MiniPlacesLoader(root, transforms=VAL)
+    bad = data.image_folder / data.paths[13]
+    jpeg = bytearray(bad.read_bytes())
+    jpeg[-400:-200] = bytes(200)
+    bad.write_bytes(jpeg)
+    for workers in (0, 2):
+        loader = training_batches(data, 4, 1, workers)
+        for epoch in range(2):
+            loader.batch_sampler.set_position(epoch)
+            assert len(list(loader)) == 6
+        line, end = capfd.readouterr().err.split("\n")
+        assert line.startswith(f"warning: the image {bad} is damaged: Corrupt JPEG") and not end
+
+
+def test_a_students_warnings_are_shown(root):
+    with pytest.warns(UserWarning, match="mine"):
+        list(training_batches(MiniPlacesLoader(root, transforms=warn), 4, 1, 0))
+
+
+def warn(img):
+    warnings.warn("mine", stacklevel=1)
+    return torch.zeros(1)
 
 
 def test_a_bug_in_a_students_transform_keeps_its_traceback(root):
@@ -227,6 +268,16 @@ def test_a_bug_in_a_students_transform_keeps_its_traceback(root):
 
 def broken(img):
     return 1 / 0
+
+
+@pytest.mark.parametrize("start_method", ["spawn"], indirect=True)
+def test_transforms_that_cannot_travel_to_workers_are_one_line(root, start_method):
+    data = MiniPlacesLoader(root, transforms=lambda img: torch.zeros(1))
+    with pytest.raises(UserError, match="cannot be sent to other processes .*lambda.*or use -j 0"):
+        list(training_batches(data, 4, 1, workers=1))
+
+
+# --- signals --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unblock", [False, True])
@@ -248,25 +299,70 @@ def interrupted(img, unblock):
     return torch.zeros(1)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs Linux")
-@pytest.mark.parametrize(("last_words", "seconds"), [("kill", 12), ("exit", 4)])
-def test_workers_end_with_their_trainer(root, last_words, seconds):
-    """Killed, they notice within torch's 5 seconds; left at its end, they are told at once."""
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    fork = multiprocessing.get_context("fork")
-    trainer = fork.Process(target=die_amid_an_epoch, args=(root, theirs, last_words))
-    trainer.start()
-    theirs.close()
-    assert ours.recv() == 2
-    trainer.join()
-    assert ours.poll(seconds)
-    with pytest.raises(EOFError):  # the last process that held the other end is gone
-        ours.recv()
+TRAINER = """
+import multiprocessing, os, signal, sys, time
+from custom_dataloader import MiniPlacesLoader
+from deepvision.data.loader import training_batches
+from small_dataset import VAL
 
-
-def die_amid_an_epoch(root, pipe, last_words):
+if __name__ == "__main__":
+    method, end, root = sys.argv[1:]
+    multiprocessing.set_start_method(method)
+    signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
     batches = training_batches(MiniPlacesLoader(root, transforms=VAL), 4, 1, workers=2)
-    next(iter(batches))
-    pipe.send(len(multiprocessing.active_children()))
-    if last_words == "kill":
+    epoch = iter(batches)
+    print("starting", flush=True)
+    next(epoch)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    print(len(list(epoch)), flush=True)
+"""
+
+
+def start_trainer(tmp_path, *words):
+    """A process group of a trainer and two workers."""
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    path = os.pathsep.join([str(ROOT / "code"), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "trainer.py", *map(str, words)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs Linux")
+@pytest.mark.parametrize("method", METHODS)
+def test_signals_while_workers_start_reach_the_trainer_alone(root, tmp_path, method):
+    """They import for seconds under forkserver and spawn."""
+    trainer = start_trainer(tmp_path, method, "exit", root)
+    assert trainer.stdout.readline() == "starting\n"
+    for _ in range(40):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(trainer.pid, signal.SIGINT)
+        time.sleep(0.05)
+    out, err = trainer.communicate(timeout=100)
+    assert trainer.returncode == 0, err
+    lines = [line for line in out.splitlines() if line != "interrupted"]
+    assert len(lines[0].split()) == 2 and lines[1] == "5" and "interrupted" in out
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs Linux")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("end", "seconds"), [("kill", 15), ("exit", 4)])
+def test_workers_end_with_their_trainer(root, tmp_path, method, end, seconds):
+    """Killed, they notice within torch's 5 seconds; at its regular end, it terminates them."""
+    trainer = start_trainer(tmp_path, method, end, root)
+    assert trainer.stdout.readline() == "starting\n"
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    trainer.wait(100)
+    assert trainer.returncode == (0 if end == "exit" else -signal.SIGKILL)
+    deadline = time.monotonic() + seconds
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer.communicate()
