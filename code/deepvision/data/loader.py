@@ -18,7 +18,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -228,24 +229,31 @@ def blocked_signals() -> Iterator[None]:
 
 
 def worker_init(worker: int) -> None:
-    """Ignore Ctrl-C and SIGTERM, except SIGTERM from the trainer, which ends a worker at once.
+    """Ignore Ctrl-C and SIGTERM, except SIGTERM from the trainer; end when the trainer has ended.
 
     A terminal or a cluster sends both to every process of a group; the batch in work must still
-    arrive. The trainer decides when to stop.
+    arrive. The trainer decides when to stop. torch's own workers look for their trainer's death by
+    getppid(), which is the fork server where one runs.
     """
+    trainer = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_after, args=(trainer.join,), daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows; it reports the sender
         # libraries may unblock SIGTERM: then any sender ends the worker, but a minute later
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_when_terminated, daemon=True).start()
+        wait = partial(_wait_for_sigterm, trainer.pid)
+        threading.Thread(target=_exit_after, args=(wait,), daemon=True).start()
 
 
-def _exit_when_terminated() -> None:
-    trainer = multiprocessing.parent_process().pid  # getppid() is the fork server, where one runs
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer:
-        pass
+def _exit_after(wait: Callable[[], None]) -> None:
+    wait()
     os._exit(0)
+
+
+def _wait_for_sigterm(sender: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != sender:
+        pass
 
 
 def training_batches(
