@@ -63,7 +63,7 @@ def permutation(n: int, seed: int) -> Tensor:
 class ImageIndex:
     """The images of one split before they are read.
 
-    root: where the file of decoded images is kept; images are read from `folder`/`names[i]`.
+    root: where the file of decoded images is kept; images are read from `folder`/`paths[i]`.
     prepare: applied to each decoded image (H, W, 3); its repr is part of the file's name.
     pixels: all images (N, H, W, 3) uint8, where they need no decoding.
     """
@@ -73,7 +73,7 @@ class ImageIndex:
     y: Tensor
     classes: list[str]
     folder: Path = Path()
-    names: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
     prepare: Callable[[np.ndarray], np.ndarray] | None = None
     pixels: np.ndarray | None = None
 
@@ -106,12 +106,12 @@ class ImageIndex:
 
     def read_one(self, index: int) -> np.ndarray:
         """Decode and prepare one image: uint8 (H, W, 3)."""
-        image = load_image(self.folder / self.names[index])
+        image = load_image(self.folder / self.paths[index])
         return self.prepare(image) if self.prepare else image
 
     @cached_property
     def _decoded(self) -> DecodedImages:
-        return DecodedImages(self.read_one, self.folder, self.names, self.name)
+        return DecodedImages(self.read_one, self.folder, self.paths, self.name)
 
     @cached_property
     def _cache_path(self) -> Path:
@@ -166,8 +166,8 @@ def _list_folders(folder: Path, split: str) -> ImageIndex:
     if not classes:
         raise UserError(f"{folder / split} has no class folders")
     y = torch.repeat_interleave(torch.tensor([len(files[name]) for name in classes]))
-    names = tuple(f"{name}/{file}" for name in classes for file in files[name])
-    return ImageIndex(folder.parent, f"cifar10-{split}", y, classes, folder / split, names)
+    paths = tuple(f"{name}/{file}" for name in classes for file in files[name])
+    return ImageIndex(folder.parent, f"cifar10-{split}", y, classes, folder / split, paths)
 
 
 def _visible(folder: Path, kind: Callable[[Path], bool]) -> list[str]:

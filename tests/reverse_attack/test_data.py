@@ -74,7 +74,7 @@ def test_hidden_and_system_files_are_neither_classes_nor_images(root):
         (root / "cifar10/train" / name).write_bytes(b"x")
         (root / "cifar10/train/cat" / name).write_bytes(b"x")
     index = list_images("cifar10", root, "train")
-    assert index.classes == ["bird", "cat"] and index.names == expected.names
+    assert index.classes == ["bird", "cat"] and index.paths == expected.paths
     assert index.y.tolist() == [0] * 25 + [1] * 25
 
 

@@ -36,7 +36,7 @@ class DecodedImages(Dataset):
 
     Args:
         read: index -> image.
-        folder, names: image i is read from the file `folder`/`names[i]`.
+        folder, paths: image i is read from the file `folder`/`paths[i]`.
         name: of the data set, for progress bars and cache files.
 
     Raises:
@@ -47,21 +47,21 @@ class DecodedImages(Dataset):
         self,
         read: Callable[[int], np.ndarray],
         folder: Path,
-        names: Sequence[str],
+        paths: Sequence[str],
         name: str,
     ) -> None:
-        self.read, self.folder, self.names, self.name = read, folder, names, name
-        self.shape = len(names), *read(0).shape  # (N, H, W, 3)
+        self.read, self.folder, self.paths, self.name = read, folder, paths, name
+        self.shape = len(paths), *read(0).shape  # (N, H, W, 3)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray]:
         image = self.read(index)
         if image.shape != self.shape[1:]:
             (height, width), (h, w) = image.shape[:2], self.shape[1:3]
             raise UserError(
-                f"{self.names[index]} has {width}×{height} pixels and the first image {w}×{h}: "
+                f"{self.paths[index]} has {width}×{height} pixels and the first image {w}×{h}: "
                 "--cache and reverse_attack need images of one size"
             )
         return (image,)
@@ -89,13 +89,13 @@ class DecodedImages(Dataset):
             UserError: a file is missing.
         """
         content = hashlib.blake2b(f"{DECODER} {preparation}\n".encode(), digest_size=8)
-        for name in self.names:
+        for path in self.paths:
             try:
-                stat = os.stat(self.folder / name)
+                stat = os.stat(self.folder / path)
             except OSError as e:
-                reason = f"cannot read the image {self.folder / name}: {e.strerror}"
+                reason = f"cannot read the image {self.folder / path}: {e.strerror}"
                 raise UserError(reason) from None
-            content.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            content.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return content.hexdigest()
 
 
