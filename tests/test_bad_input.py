@@ -9,25 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import main
-from custom_dataloader import MiniPlacesLoader, read_label_file
 from deepvision import checkpoint
 from deepvision.data.loader import ResumableBatchSampler
 from deepvision.models import registry
 from deepvision.runtime import run_logger
-from utils import MAX_PIXELS, UserError, load_image
+from utils import load_image, save_image
 
 CODE = Path(main.__file__).parent
-RGB = np.random.default_rng(0).integers(0, 256, (24, 36, 3), np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,7 +149,7 @@ def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     step = next(i for i in range(5) if black in order.indices(0, i))
     assert step > 0
     size = load_image(data / "images" / names[black]).shape
-    (data / "images" / names[black]).write_bytes(encode(np.zeros(size, np.uint8)))
+    save_image(data / "images" / names[black], np.zeros(size, np.uint8))
     status, _, err = run(capsys, logs, data, "--epochs=2", "--lr=0.01", "--save-every=1")
     assert status == 1 and len(err) == 1
     [folder] = logs.iterdir()
