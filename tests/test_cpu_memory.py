@@ -53,7 +53,7 @@ print(faults * resource.getpagesize() / (10 * BYTES))
 def test_a_place_on_the_cpu_uses_freed_memory_again():
     assert (
         share_of_new_pages(
-            "from deepvision.training.engine import DeviceContext; DeviceContext(torch.device('cpu'))"
+            "from deepvision.runtime.device import *; configure_backend(torch.device('cpu'))"
         )
         < 0.01
     )

@@ -139,7 +139,7 @@ class SeededLoader(DataLoader):
 
     def __iter__(self) -> Iterator:
         if self.forks:
-            memory.give_back_freed()
+            memory.release_freed_memory()
             self.forks = False  # the workers stay
         try:
             for batch in super().__iter__():

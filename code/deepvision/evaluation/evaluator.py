@@ -1,208 +1,223 @@
-"""What -e and -a tell of a trained network: accuracies, pictures, and what they are worth."""
+"""Evaluation of a trained network: -e and -a, with accuracies, images, diagnostics."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import student_code
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from deepvision.attacks import diagnostics
 from deepvision.attacks.norms import InputScale
 from deepvision.attacks.pgd import PGD
-from deepvision.checkpoint import write_atomically
+from deepvision.config import RunConfig
 from deepvision.data.loader import fixed_subset_batch, validation_batches
 from deepvision.evaluation import pictures
 from deepvision.evaluation.saliency import grad_cam, saliency
-from deepvision.runtime import distributed, run_logger
-from deepvision.runtime.run_logger import Console, RunLogger, final_line
-from deepvision.training import engine
-from deepvision.training.engine import DeviceContext, EpochMetrics, Metrics, StepTimer
+from deepvision.models import student
+from deepvision.runtime import distributed
+from deepvision.runtime.atomic import write_atomically
+from deepvision.runtime.console import Console, final_line
+from deepvision.runtime.device import DeviceContext
+from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer
+from deepvision.runtime.run_dir import append_evaluation, new_run_dir, run_dir_of
+from deepvision.runtime.run_logger import make_logger
+from deepvision.training.engine import evaluate, evaluate_under_attack
 from utils import relpath
 
 DIFFERENCE_FACTOR = 10
-SHOWN = 20  # images of a batch that get captions
-PROBED = 100  # images that health lights and sweep are measured on
+CAPTIONED = 20  # images of a batch that get captions
+PROBED = 100  # images that diagnostics and sweep are measured on
 
 
 class Evaluator:
-    """One pass over the validation set with -e or -a; its findings go beside the checkpoint."""
+    """One pass over the validation set with -e or -a; its records go to the checkpoint's run."""
 
     def __init__(
-        self, args: Namespace, model: nn.Module, val_set: MiniPlacesLoader, place: DeviceContext
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        val_set: MiniPlacesLoader,
+        context: DeviceContext,
+        logs: Path,
     ) -> None:
-        self.args, self.model, self.val_set, self.place = args, model, val_set, place
-        pin = place.device.type == "cuda"
-        self.batches = validation_batches(val_set, args.workers, pin, distributed.rank_slice())
+        self.config, self.model, self.val_set, self.context = config, model, val_set, context
+        pin = context.device.type == "cuda"
+        self.batches = validation_batches(val_set, config.workers, pin, distributed.rank_slice())
         names = val_set.get_index_mapping()
-        self.categories = [names.get(str(k), str(k)) for k in range(val_set.num_classes)]
+        self.class_names = [names.get(str(k), str(k)) for k in range(val_set.num_classes)]
+        run_dir = run_dir_of(config.resume, logs) or new_run_dir(logs, "evaluation")
+        self.logger = make_logger(run_dir)
+        self.logs_events = config.vis or config.sweep
+        self.timer, self.console = StepTimer(), Console(len(self.batches), config.print_freq)
 
     def run(self) -> int:
-        with self._logbook() as self.book:
-            (self._evaluate if self.args.evaluate else self._attack)()
+        """Evaluate or attack; return the exit code 0."""
+        action = self._evaluate if self.config.evaluate else self._attack
+        if not self.logs_events:
+            action()
+            return 0
+        print(f"Pictures: tensorboard --logdir={relpath(self.logger.run_dir)}")
+        with self.logger:
+            action()
         return 0
 
-    def _logbook(self) -> contextlib.AbstractContextManager[RunLogger | None]:
-        """That of the run that was trained, where there are pictures or curves to keep."""
-        if not (self.args.vis or self.args.sweep):
-            return contextlib.nullcontext()
-        folder = run_logger.run_dir_of(self.args.resume) or run_logger.new_run("evaluation")
-        print(f"Pictures: tensorboard --logdir={relpath(folder)}")
-        return run_logger.open_logger(folder)
+    def _line_due(self, metrics: EpochMetrics) -> int | None:
+        """The batch that has just ended, if its line is due; it is then printed."""
+        i = self.timer.step.count - 1
+        if not self.console.advance(i):
+            return None
+        self.console.test_line(i, self.timer, metrics)
+        return i
 
     # ---- -e
 
     def _evaluate(self) -> None:
         """Accuracy without and with mirror averaging."""
-        plain, mirrored, clock = (
-            EpochMetrics(self.place.device),
-            EpochMetrics(self.place.device),
-            StepTimer(),
-        )
-        with self._console() as console:
-            passes = engine.evaluate(self.model, self.batches, self.place, plain, clock, mirrored)
-            for i, (x, y) in enumerate(passes):
-                if console.step(i):
-                    console.test_line(i, clock, *mirrored.compute())
-                    if self.book:
-                        self._show_saliency(x, y, i)
+        plain, flip_tta = (EpochMetrics(self.context.device) for _ in range(2))
+
+        def after_batch(x: Tensor, y: Tensor) -> bool:
+            if (i := self._line_due(flip_tta)) is not None and self.config.vis:
+                self._show_saliency(x, y, i)
+            return True
+
+        with self.console:
+            evaluate(
+                self.model, self.batches, self.context, plain, self.timer, flip_tta, after_batch
+            )
         self._conclude(
             {},
-            plain=("Each image by itself:", plain.compute()[1]),
-            mirrored=("Averaged with its mirror image:", mirrored.compute()[1]),
+            plain=("Single images:", plain.compute()[1]),
+            mirrored=("Averaged with the mirror images:", flip_tta.compute()[1]),
         )
 
     def _show_saliency(self, x: Tensor, y: Tensor, step: int) -> None:
-        self.book.add_image("Image/Image", student_code.default_visfunction(x), step)
-        x, y = x[:SHOWN].clone(), y[:SHOWN].tolist()  # a clone, as gradients need an ordinary one
+        self.logger.add_image("Image/Image", student.image_grid(x), step)
+        x, y = x[:CAPTIONED].clone(), y[:CAPTIONED].tolist()  # inference tensors have no gradient
         maps, logits = saliency(self.model, x)
-        found = pictures.format_predictions(logits, self.categories)
-        captions = [[f"true: {self.categories[k]}", text] for k, text in zip(y, found, strict=True)]
-        shown = {"Image/Saliency": maps, "Image/GradCAM": grad_cam(self.model, x)}
-        for tag, maps in shown.items():
-            if maps is not None:
-                images = pictures.overlay(pictures.pixels(x), maps)
+        predictions = pictures.format_predictions(logits, self.class_names)
+        captions = [
+            [f"true: {self.class_names[k]}", text] for k, text in zip(y, predictions, strict=True)
+        ]
+        for tag, overlaid in (("Saliency", maps), ("GradCAM", grad_cam(self.model, x))):
+            if overlaid is not None:
+                images = pictures.overlay(pictures.pixels(x), overlaid)
                 tiles = [pictures.tile(*pair) for pair in zip(images, captions, strict=True)]
-                self.book.add_image(tag, pictures.grid(tiles, 5), step)
+                self.logger.add_image(f"Image/{tag}", pictures.grid(tiles, 5), step)
 
     # ---- -a
 
     def _attack(self) -> None:
         """Accuracy before and after an attack, on the same images."""
-        attack = attack_from_config(self.args)
-        student = student_code.default_attack(nn.CrossEntropyLoss())
+        attack = attack_from_config(self.config)
+        default = student.default_attack(nn.CrossEntropyLoss())
+        clean, adversarial = (EpochMetrics(self.context.device) for _ in range(2))
 
         def perturb(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            return attack.perturb(model, x, y) if attack else student.perturb(model, x)
+            return attack.perturb(model, x, y) if attack else default.perturb(model, x)
 
-        clean, adversarial, clock = (
-            EpochMetrics(self.place.device),
-            EpochMetrics(self.place.device),
-            StepTimer(),
-        )
-        with self._console() as console:
-            passes = engine.attack(
-                self.model, self.batches, perturb, self.place, clean, adversarial, clock
+        def after_batch(x: Tensor, x_adv: Tensor, y: Tensor) -> None:
+            if (i := self._line_due(adversarial)) is not None and self.config.vis:
+                self._show_attack(x, x_adv, y, i)
+
+        with self.console:
+            evaluate_under_attack(
+                self.model,
+                self.batches,
+                perturb,
+                self.context,
+                clean,
+                adversarial,
+                self.timer,
+                after_batch,
             )
-            for i, (x, x_adv, y) in enumerate(passes):
-                if console.step(i):
-                    console.test_line(i, clock, *adversarial.compute())
-                    if self.args.vis:
-                        self._show_attack(x, x_adv, y, i)
-        words = diagnostics.describe(attack) if attack else budget_of(student)
+        description = diagnostics.describe(attack) if attack else epsilon_of(default)
+        title = f"Attacked images, {description}:" if description else "Attacked images:"
         self._conclude(
-            self._probe(attack) if attack else {},
+            self._diagnose(attack) if attack else {},
             clean=("Clean images:", clean.compute()[1]),
-            attacked=(f"Attacked images{words and ', '}{words}:", adversarial.compute()[1]),
+            attacked=(title, adversarial.compute()[1]),
         )
 
     def _show_attack(self, x: Tensor, x_adv: Tensor, y: Tensor, step: int) -> None:
-        """Pictures before and after, their difference, and strips of the three with captions."""
+        """Images before and after, their difference, and strips of the three with captions."""
         k = DIFFERENCE_FACTOR
         changed = pictures.difference(x, x_adv, k)
         for tag, batch in (("Org_Image", x), ("Adv_Image", x_adv), (f"Difference_x{k}", changed)):
-            self.book.add_image(f"Image/{tag}", student_code.default_visfunction(batch), step)
+            self.logger.add_image(f"Image/{tag}", student.image_grid(batch), step)
         columns = []
-        for batch in (x[:SHOWN], x_adv[:SHOWN]):
+        for batch in (x[:CAPTIONED], x_adv[:CAPTIONED]):
             with torch.no_grad():
-                found = pictures.format_predictions(self.model(batch), self.categories)
-            columns.append((pictures.pixels(batch), found))
-        truth = [f"true: {self.categories[label]}" for label in y[:SHOWN].tolist()]
-        columns.append((pictures.pixels(changed[:SHOWN]), [f"difference x {k}"] * len(truth)))
+                predictions = pictures.format_predictions(self.model(batch), self.class_names)
+            columns.append((pictures.pixels(batch), predictions))
+        truth = [f"true: {self.class_names[label]}" for label in y[:CAPTIONED].tolist()]
+        columns.append((pictures.pixels(changed[:CAPTIONED]), [f"difference x {k}"] * len(truth)))
         tiles = [
-            pictures.tile(images[i], [truth[i], found[i]])
+            pictures.tile(images[i], [truth[i], captions[i]])
             for i in range(len(truth))
-            for images, found in columns
+            for images, captions in columns
         ]
-        self.book.add_image("Image/Strips", pictures.grid(tiles, 6), step)
+        self.logger.add_image("Image/Strips", pictures.grid(tiles, 6), step)
 
-    def _probe(self, attack: PGD) -> dict:
-        """Health lights, and with --sweep accuracy over ε and steps, on a few images."""
-        x, y = fixed_subset_batch(self.val_set, PROBED)
-        x, y = self.place.to_device_images(x), self.place.to_device_labels(y)
-        print(f"Health lights ({len(y)} images; accuracies in per cent):")
-        lights = []
-        for light in diagnostics.run_diagnostics(self.model, x, y, attack):
-            print(light.line(), flush=True)
-            lights.append(asdict(light))
-        found = {"attack": diagnostics.describe(attack), "probed": len(y), "lights": lights}
-        return found | ({"sweep": self._sweep(x, y, attack)} if self.args.sweep else {})
+    def _diagnose(self, attack: PGD) -> dict:
+        """Diagnostics, and with --sweep accuracy over eps and steps, on a few images."""
+        x, y = self.context.to_device(*fixed_subset_batch(self.val_set, PROBED))
+        print(f"Diagnostics of the attack ({len(y)} images; accuracies in per cent):")
+        rows = []
+        for diagnostic in diagnostics.run_diagnostics(self.model, x, y, attack):
+            print(diagnostic.line(), flush=True)
+            rows.append(asdict(diagnostic))
+        found = {"attack": diagnostics.describe(attack), "probed": len(y), "lights": rows}
+        return found | ({"sweep": self._sweep(x, y, attack)} if self.config.sweep else {})
 
     def _sweep(self, x: Tensor, y: Tensor, attack: PGD) -> list[dict]:
         points = []
         for epsilon, steps, accuracy in diagnostics.sweep(self.model, x, y, attack):
             points.append((epsilon, steps, accuracy))
-            for curve in [steps] if steps else diagnostics.STEPS:  # all begin at the clean accuracy
-                self.book.add_curve_point(
-                    "robustness/top1_accuracy", f"{curve}_steps", accuracy, epsilon
-                )
+            for curve in [steps] if steps else diagnostics.STEPS:  # all start at the clean accuracy
+                tag, name = "robustness/top1_accuracy", f"{curve}_steps"
+                self.logger.add_curve_point(tag, name, accuracy, epsilon)
         text = diagnostics.table(attack.norm, points, len(y))
         print(text)
-        self.book.text("robustness/sweep", text)
-        write_atomically(self.book.folder / "sweep.md", f"{text}\n".encode())
+        self.logger.add_text("robustness/sweep", text)
+        write_atomically(self.logger.run_dir / "sweep.md", f"{text}\n".encode())
         return [dict(zip(("epsilon_255", "steps", "top1"), p, strict=True)) for p in points]
 
     # ---- both
 
-    def _console(self) -> Console:
-        return Console(len(self.batches), self.args.print_freq)
-
-    def _conclude(self, more: dict, **findings: tuple[str, Metrics]) -> None:
-        """Print each finding, the one that counts last, and keep them all beside the run."""
-        row = {"checkpoint": os.path.basename(self.args.resume)}
-        for name, (title, scores) in findings.items():
-            print(title, final_line(scores), sep="\n")
-            row |= {f"{name}_top1": scores.acc1, f"{name}_top5": scores.acc5}
-        if folder := run_logger.run_dir_of(self.args.resume):
-            run_logger.add_evaluation(folder, **row, **more)
+    def _conclude(self, more: dict, **results: tuple[str, Metrics]) -> None:
+        """Print each result, the one that counts last, and append them to the run's records."""
+        row = {"checkpoint": os.path.basename(self.config.resume)}
+        for name, (title, metrics) in results.items():
+            print(title, final_line(metrics), sep="\n")
+            row |= {f"{name}_top1": metrics.acc1, f"{name}_top5": metrics.acc5}
+        append_evaluation(self.logger.run_dir, row | more)
 
 
-def attack_from_config(args: Namespace) -> PGD | None:
-    """The attack that the --attack- flags describe, None where there is none of them."""
+def attack_from_config(config: RunConfig) -> PGD | None:
+    """The attack that the --attack- flags describe; None where there is none of them."""
     options = {
-        "steps": args.attack_steps,
-        "step_size": args.attack_step_size,
-        "goal": args.attack_goal,
-        "restarts": args.attack_restarts,
+        "steps": config.attack_steps,
+        "step_size": config.attack_step_size,
+        "goal": config.attack_goal,
+        "restarts": config.attack_restarts,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    if not (given or args.attack_norm or args.attack_eps is not None or args.sweep):
+    if not (given or config.attack_norm or config.attack_eps is not None or config.sweep):
         return None
-    norm = args.attack_norm or "linf"
-    epsilon = diagnostics.EPSILONS[norm] if args.attack_eps is None else args.attack_eps
-    pixels = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
-    return PGD(norm=norm, epsilon=epsilon, pixels=pixels, **given)
+    norm = config.attack_norm or "linf"
+    epsilon = diagnostics.EPSILONS[norm] if config.attack_eps is None else config.attack_eps
+    scale = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
+    return PGD(norm=norm, epsilon=epsilon, pixels=scale, **given)
 
 
-def budget_of(attacker: object) -> str:
-    """The ε of a `default_attack` in both units, if it tells its own."""
-    epsilon = getattr(attacker, "epsilon", None)
+def epsilon_of(attack: object) -> str:
+    """The epsilon of a `default_attack` in both units, if it has that attribute."""
+    epsilon = getattr(attack, "epsilon", None)
     if epsilon is None:
         return ""
     levels = ", ".join(f"{255 * epsilon * s:.2f}" for s in IMAGENET_STD)

@@ -1,9 +1,9 @@
-"""Several processes that train or look at one network together, as torchrun starts them:
+"""Several processes that train or evaluate one network together, started by torchrun:
 
 torchrun --nproc_per_node=2 main.py ../data --epochs=60
 
-Each takes its share of every batch; rank 0 alone prints and writes. A process by itself is rank 0
-of 1, and nothing here costs it anything.
+Each process takes its slice of every batch; only rank 0 prints and writes. A single process is
+rank 0 of 1, and these functions cost it nothing.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from utils import UserError
 
 
 def launch_id() -> str | None:
-    """What torchrun's processes have in common, before and after it restarts them."""
+    """An identifier that torchrun's processes share, before and after a restart; None without."""
     if not dist.is_torchelastic_launched():
         return None
     return f"{os.environ['TORCHELASTIC_RUN_ID']}-{os.getppid()}"
 
 
 def local_rank() -> int:
-    """The number among this machine's processes, and so of the GPU to take."""
+    """This process's number on its machine, which is the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Meet the other processes, if there are any.
+    """Join the other processes, if there are any.
 
     Raises:
-        UserError: one of them ended before its time.
+        UserError: one of them ended early.
     """
     if not launch_id():
         yield
         return
     try:
-        # what the processes agree on stays on the CPU, so that no GPU has to wait for it
+        # small collectives stay on the CPU, so that they never wait for a GPU
         init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         with (
             open(os.devnull, "w") as nowhere,
@@ -57,14 +57,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e).lower():
             raise
-        raise UserError("another process of this run ended before its time") from None
+        raise UserError("another process of this run ended early") from None
 
 
 def init_process_group(backend: str) -> None:
-    """Let each process know of all others.
+    """Let each process find all others.
 
-    torchrun keeps its store over restarts, with the addresses of processes that are dead by then.
-    So each attempt writes under a name of its own.
+    torchrun keeps its store across restarts, with the addresses of processes that have died. So
+    each attempt uses its own prefix.
     """
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(name_attempt(store, rank, world_size), store)
@@ -72,7 +72,7 @@ def init_process_group(backend: str) -> None:
 
 
 def name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name that rank 0 makes up; the others take it once rank 0 has answered them under it."""
+    """A name chosen by rank 0; the others accept it once rank 0 has answered them under it."""
     me = uuid.uuid4().hex
     if rank == 0:
         store.set("attempt", me)
@@ -84,35 +84,33 @@ def name_attempt(store: dist.Store, rank: int, world_size: int) -> str:
         store.set(f"{name}/{rank}", me)
         if store.check([f"{name}/{me}"]):
             return name
-        time.sleep(0.05)  # rank 0 is about to answer, or to begin and make up a newer name
+        time.sleep(0.05)  # rank 0 is about to answer, or to start and choose a newer name
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Return True in the process that prints and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank_slice() -> slice:
     """This process's part of each batch."""
-    return (
-        slice(dist.get_rank(), None, world_size()) if dist.is_initialized() else slice(0, None, 1)
-    )
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return slice(rank, None, world_size())
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """`model`, to train with: each backward pass averages the gradients of all processes."""
-    if world_size() == 1:
-        return model
-    return DistributedDataParallel(model)
+    """`model` for training: each backward pass averages the gradients of all processes."""
+    return model if world_size() == 1 else DistributedDataParallel(model)
 
 
 @torch.no_grad()
 def sync_buffers(model: nn.Module) -> None:
-    """Give all processes rank 0's buffers: running statistics follow the images each has seen."""
+    """Copy rank 0's buffers to all processes: running statistics depend on the images seen."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -126,7 +124,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of all processes' numbers."""
+    """The maximum over all processes."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number)
@@ -135,12 +133,12 @@ def all_reduce_max(number: int) -> int:
 
 
 def was_restarted() -> bool:
-    """Whether torchrun has started any of the processes again."""
+    """Return True if torchrun has restarted any of the processes."""
     return all_reduce_max(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
 
 
 def broadcast_from_main(value: Callable[[], str]) -> str:
-    """What rank 0 finds, for all processes."""
+    """Call `value` in rank 0 and return its result in all processes."""
     found = [value() if is_main_process() else ""]
     if world_size() > 1:
         dist.broadcast_object_list(found)

@@ -1,8 +1,8 @@
-"""TensorBoard event files, written by the caller's own thread.
+"""TensorBoard event files, written in the caller's thread.
 
-torch's SummaryWriter writes from a thread that holds records back for minutes and, on a full disk,
-prints a traceback from there. Here each record is in the file when the call returns, so that a
-killed run has lost none, and an error is the caller's to handle.
+torch's SummaryWriter writes from a background thread that may hold records back for minutes and,
+on a full disk, prints a traceback. Here each record is in the file when the call returns: a killed
+run loses none, and the caller handles errors.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _numbers = itertools.count()
 class EventFile:
     """A new event file in `folder`.
 
-    TensorBoard forgets every point of the folder's older files from `purge_step` on.
+    TensorBoard drops every point of the folder's older files from `purge_step` on.
 
     Raises:
         UserError: here or at any record, if the disk is full or the folder not writable.
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        # TensorBoard reads a folder's files in the order of their names, and the clock of a machine
-        # that goes on with a run may be behind
-        last = max(map(_begun, folder.glob("events.out.tfevents.*")), default=0)
+        # TensorBoard reads a folder's files in the order of their names, and the clock of the
+        # machine that resumes a run may be behind
+        last = max(map(_start_time, folder.glob("events.out.tfevents.*")), default=0)
         begun = f"{max(time.time(), last + 1):010.0f}"
         name = f"{begun}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self.path = folder / f"events.out.tfevents.{name}"
@@ -50,6 +50,7 @@ class EventFile:
             self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
+        """Add a point of a curve."""
         self._add(step=step, summary=summary.scalar(tag, value))
 
     def image(self, tag: str, image: Tensor, step: int) -> None:
@@ -57,21 +58,23 @@ class EventFile:
         self._add(step=step, summary=summary.image(tag, image, dataformats="CHW"))
 
     def text(self, tag: str, markdown: str) -> None:
+        """Add Markdown."""
         self._add(step=0, summary=summary.text(tag, markdown))
 
     def hparams(self, values: dict, metric: hparams.Metric, run: str) -> None:
-        """Show a run's settings under TensorBoard's HParams, beside a scalar that is there."""
+        """Add a run's settings to TensorBoard's HParams, with a scalar that the run logs."""
         columns = [hparams.HParam(name) for name in values]
         self._add(step=0, summary=hparams.hparams_config_pb(columns, [metric]))
         self._add(step=0, summary=hparams.hparams_pb(values, trial_id=run))
 
     def sync(self) -> None:
-        """Have the disk hold what was written, for a machine that loses its power."""
+        """Sync to disk, so that a power failure loses nothing."""
         with self._errors_as_one_line():
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # each record that was written is in the file already
+        """Close the file."""
+        with contextlib.suppress(OSError):  # each written record is in the file already
             self.file.close()
 
     def _add(self, **content: object) -> None:
@@ -87,6 +90,6 @@ class EventFile:
             raise UserError(f"cannot write {self.path}: {e.strerror or e}") from None
 
 
-def _begun(file: Path) -> int:
+def _start_time(file: Path) -> int:
     seconds = file.name.split(".")[3]
     return int(seconds) if seconds.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""When a run saves in mid-epoch, and how it is asked to stop."""
+"""Requests to stop (Ctrl-C, SIGTERM), and when to save within an epoch."""
 
 from __future__ import annotations
 
@@ -9,51 +9,61 @@ import time
 from deepvision.runtime import distributed
 
 
-class SavePoint:
-    """Says when to save in mid-epoch, and turns Ctrl-C and SIGTERM into a request to stop.
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request to stop after the current step.
 
-    every: '10m', '30s' (minutes, seconds) or '200' (steps).
-    Inside the `with` block the first signal only counts as a request, so that the step under way
-    can end and be saved; a second one acts at once. What one process is asked, all are.
+    Inside the `with` block the first signal is only recorded; a second one acts at once. A request
+    to one process stops all processes of the run.
+
+    stopped_by: the signal, once all processes know of it.
     """
 
-    def __init__(self, every: str) -> None:
-        self.every, self.seconds = parse_interval(every)
-        self.request = 0  # the number of the signal
+    def __init__(self) -> None:
+        self.requested = 0  # signal number seen by this process
         self.stopped_by: signal.Signals | None = None
-        self.steps, self.since = 0, time.monotonic()
+        self.previous: dict = {}
 
-    def __enter__(self) -> SavePoint:
-        self.previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> StopSignal:
+        self.previous = {
+            s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _stop(self, number: int, _: object) -> None:
-        self.request = number
+    def _request(self, number: int, _: object) -> None:
+        self.requested = number
         signal.signal(number, self.previous[number])
 
-    def stopped(self) -> bool:
-        """Whether the run was asked to stop; `stopped_by` then tells by which signal."""
-        return self._agree(late=False)
-
-    def due(self) -> bool:
-        """Count one step; true when a checkpoint is due or a stop was asked for."""
-        self.steps += 1
-        passed = time.monotonic() - self.since if self.seconds else self.steps
-        return self._agree(late=passed >= self.every)
-
-    def _agree(self, late: bool) -> bool:
-        """Whether any process was asked to stop, or is late; asked of all at once."""
-        number, late = divmod(distributed.all_reduce_max(2 * self.request + late), 2)
+    def check(self, save_due: bool = False) -> bool:
+        """Return True if any process was asked to stop, or has `save_due`; all call it at once."""
+        number, due = divmod(distributed.all_reduce_max(2 * self.requested + save_due), 2)
         if number:
             self.stopped_by = signal.Signals(number)
-        return self.stopped_by is not None or bool(late)
+        return self.stopped_by is not None or bool(due)
 
-    def saved(self) -> None:
-        self.steps, self.since = 0, time.monotonic()
+
+class CheckpointTimer:
+    """When the next checkpoint is due, in seconds or in steps.
+
+    every: an interval such as 10m, 30s or 200 (steps).
+    """
+
+    def __init__(self, every: str) -> None:
+        self.every, self.in_seconds = parse_interval(every)
+        self.steps, self.last_save = 0, time.monotonic()
+
+    def step(self) -> bool:
+        """Count a step; return True if a checkpoint is due."""
+        self.steps += 1
+        elapsed = time.monotonic() - self.last_save if self.in_seconds else self.steps
+        return elapsed >= self.every
+
+    def reset(self) -> None:
+        """Start the next interval."""
+        self.steps, self.last_save = 0, time.monotonic()
 
 
 def parse_interval(text: str) -> tuple[int, bool]:
