@@ -17,16 +17,14 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from deepvision.checkpoint import write_atomically
 from deepvision.config import OneLineParser, default_workers
 from deepvision.reporting import sections, writeup
 from deepvision.reporting.analysis import RunAnalysis, analyse
 from deepvision.reporting.document import Document, Section, Text
-from deepvision.reporting.records import CODE, Run, read_runs
-from deepvision.runtime.run_logger import commit
+from deepvision.reporting.records import Run, read_runs
+from deepvision.runtime.atomic import write_atomically
+from deepvision.runtime.provenance import ROOT, commit
 from utils import UserError, relpath
-
-ROOT = CODE.parent
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -68,7 +66,10 @@ def report(args: Namespace) -> None:
         for file in writeup.write(out, runs, analyses, writer, args.benchmark, problems.lines):
             print(relpath(file))
         return
-    content = [*from_records(runs, writer, args.benchmark, problems), *from_images(analyses, writer)]
+    content = [
+        *from_records(runs, writer, args.benchmark, problems),
+        *from_images(analyses, writer),
+    ]
     title = "Training report: " + ", ".join(run.label for run in runs)
     made = f"{date.today()}, commit {commit() or 'unknown'}; from "
     subtitle = made + ", ".join(run.folder.name for run in runs)

@@ -97,5 +97,7 @@ def grid(tiles: Sequence[np.ndarray], columns: int) -> Tensor:
         row = [*tiles[i : i + columns]]
         row += [np.zeros_like(row[0])] * (columns - len(row))
         height = max(len(t) for t in row)
-        rows.append(np.concatenate([np.pad(t, ((0, height - len(t)), (0, 0), (0, 0))) for t in row], 1))
+        rows.append(
+            np.concatenate([np.pad(t, ((0, height - len(t)), (0, 0), (0, 0))) for t in row], 1)
+        )
     return torch.from_numpy(np.concatenate(rows)).permute(2, 0, 1).float() / 255

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import student_code
 from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint
 from deepvision.data.loader import validation_batches
+from deepvision.models import student
 from deepvision.reporting.records import Run
 from utils import UserError, relpath
 
@@ -69,7 +69,7 @@ class Predictions:
         return 100 * float((self.labels == self.predictions).mean())
 
     def most_confused(self, n: int) -> list[tuple[int, int, int]]:
-        """The n most frequent errors as (true class, predicted class, images); fewer if there are."""
+        """Up to n most frequent errors as (true class, predicted class, images)."""
         errors = self.confusion.copy()
         np.fill_diagonal(errors, 0)
         order = np.argsort(-errors, axis=None, kind="stable")[:n]
@@ -107,7 +107,7 @@ class ValidationImages:
 
     def __init__(self, folder: Path, workers: int, skipped: Sequence[str] = ()) -> None:
         classes = count_classes(folder)
-        transform = student_code.get_val_transforms()
+        transform = student.val_transforms()
         self.dataset = MiniPlacesLoader(folder, None, classes, "val", transform)
         self.dataset.skip(skipped)
         self.workers = workers

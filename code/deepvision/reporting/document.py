@@ -30,10 +30,10 @@ MIN_SHRINK = 0.6  # a figure is drawn down to this share of its size to fit the 
 
 @dataclass
 class Text:
-    """A paragraph. A note is set smaller and grey, a warning in a coloured box."""
+    """A paragraph; style: "note" (small and grey), "warning" or "missing" (a box), "markdown"."""
 
     text: str
-    style: str = ""  # "", "note" or "warning"
+    style: str = ""
     media: str = "all"
 
 
@@ -189,8 +189,8 @@ class Pages(FPDF):
         self.set_font("Sans", "B" if bold else "", size)
         self.set_text_color(*color)
 
-    def lines(self, height: float, text: str, fill: bool = False) -> None:
-        self.multi_cell(0, height, text, align="L", new_x="LMARGIN", new_y="NEXT", fill=fill)
+    def lines(self, height: float, text: str, **options: bool) -> None:
+        self.multi_cell(0, height, text, align="L", new_x="LMARGIN", new_y="NEXT", **options)
 
     def masthead(self, title: str, subtitle: str) -> None:
         self.type(20, bold=True)
@@ -216,9 +216,10 @@ class Pages(FPDF):
         {Text: self.text_block, Table: self.table_block, Figure: self.figure}[type(block)](block)
 
     def text_block(self, block: Text) -> None:
-        note = block.style == "note"
+        note, boxed = block.style == "note", block.style in ("warning", "missing")
         self.type(*((8, GREY) if note else (9.5, INK)))
-        self.lines(4.3 if note else self.LINE, block.text, fill=block.style == "warning")
+        markdown = block.style == "markdown"
+        self.lines(4.3 if note else self.LINE, block.text, fill=boxed, markdown=markdown)
         self.ln(2)
 
     def table_block(self, block: Table) -> None:

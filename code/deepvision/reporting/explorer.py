@@ -7,23 +7,18 @@ so that the page shows its input exactly.
 
 from __future__ import annotations
 
-import struct
-import zlib
-from base64 import b64encode
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-import student_code
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from deepvision.attacks.diagnostics import accuracy
 from deepvision.attacks.norms import InputScale
 from deepvision.attacks.pgd import PGD
 from deepvision.evaluation.pictures import normalised, overlay, pixels
 from deepvision.evaluation.saliency import grad_cam, saliency
+from deepvision.models import student
 from deepvision.reporting.analysis import RunAnalysis
 from deepvision.reporting.document import png_data
 
@@ -59,7 +54,7 @@ def explore(a: RunAnalysis) -> dict | None:
             "label": a.predictions.names[y[i]],
             "held": bool(held[i]),
             "clean": png_data(clean[i]),
-            "sheet": raw_png(np.concatenate([images[i] - clean[i] for images in attacked])),
+            "sheet": png_data(np.concatenate([images[i] - clean[i] for images in attacked])),
             "top": [predictions[i] for predictions in top],
             "maps": {name: png_data(shown[i]) for name, shown in maps.items()},
         }
@@ -99,13 +94,13 @@ def grid(model: nn.Module, x: Tensor, y: Tensor) -> list[np.ndarray]:
 
 def default_attack(model: nn.Module, x: Tensor) -> Tensor:
     """x (N, 3, H, W) after the attack of the assignment."""
-    attack = student_code.default_attack(nn.CrossEntropyLoss())
+    attack = student.default_attack(nn.CrossEntropyLoss())
     return attack.perturb(model, x.clone()).detach()
 
 
 def default_budget(clean: np.ndarray, attacked: np.ndarray) -> str:
     """The ε of the default attack in words, and the largest change it made in 8-bit levels."""
-    epsilon = getattr(student_code.default_attack(nn.CrossEntropyLoss()), "epsilon", None)
+    epsilon = getattr(student.default_attack(nn.CrossEntropyLoss()), "epsilon", None)
     largest = np.abs(attacked.astype(int) - clean).max()
     known = "" if epsilon is None else f"ε = {epsilon:g} in normalised units, "
     return f"{known}at most {largest} of 255 levels"
@@ -113,7 +108,9 @@ def default_budget(clean: np.ndarray, attacked: np.ndarray) -> str:
 
 def top_predictions(a: RunAnalysis, images: np.ndarray) -> list[list[tuple[str, float]]]:
     """For each uint8 image (N, H, W, 3) its TOP classes with their probabilities."""
-    values, labels = a.logits(normalised(images)).softmax(1).topk(min(TOP, len(a.predictions.names)))
+    values, labels = (
+        a.logits(normalised(images)).softmax(1).topk(min(TOP, len(a.predictions.names)))
+    )
     names = a.predictions.names
     return [
         [(names[k], round(p, 4)) for p, k in zip(*row, strict=True)]
@@ -148,19 +145,7 @@ def recorded_sweep(row: dict | None) -> dict | None:
     found = {(p["epsilon_255"], p["steps"]): p["top1"] for p in row["sweep"]}
     if not {(0, 0), *POINTS} <= found.keys():
         return None
-    rows = [[found[(epsilon, steps) if epsilon else (0, 0)] for steps in STEPS] for epsilon in EPSILONS]
+    rows = [
+        [found[(epsilon, steps) if epsilon else (0, 0)] for steps in STEPS] for epsilon in EPSILONS
+    ]
     return {"grid": rows, "images": row["probed"]}
-
-
-def raw_png(image: np.ndarray) -> str:
-    """As `png_data`, without PNG's filters, which make noise larger."""
-    height, width, _ = image.shape
-    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # a line starts with its filter, 0
-    lines[:, 1:] = image.reshape(height, -1)
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)), chunk(b"IEND", b"")
-    return "data:image/png;base64," + b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode()

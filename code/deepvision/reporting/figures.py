@@ -159,7 +159,9 @@ def legend_handles(runs: Sequence[Run], panel: str = "top1") -> list[Line2D]:
         Line2D([], [], color=GREY, linestyle="--", linewidth=1.2, label="training"),
     ]
     if panel == "top1":
-        lines.append(Line2D([], [], color=GREY, marker="*", markersize=11, ls="", label="best epoch"))
+        lines.append(
+            Line2D([], [], color=GREY, marker="*", markersize=11, ls="", label="best epoch")
+        )
         if any(run.robust_top1 for run in runs):
             lines.append(Line2D([], [], color=GREY, linestyle=":", label="under attack"))
     return lines
@@ -246,7 +248,9 @@ def class_accuracy(predictions: dict[str, Predictions]) -> Figure:
         ax.set_ylim(-0.7, len(order) - 0.3)
         if many:
             ax.axhline(SHOWN_CLASSES - 0.5, color=GREY, linestyle=(0, (1, 3)))
-            ax.set_title(f"{SHOWN_CLASSES} best and {SHOWN_CLASSES} worst of {len(present)} classes")
+            ax.set_title(
+                f"{SHOWN_CLASSES} best and {SHOWN_CLASSES} worst of {len(present)} classes"
+            )
         ax.set_xlim(-2, 102)
         ax.set_xlabel("accuracy, %")
         if len(predictions) > 1:
@@ -264,7 +268,7 @@ def draw_dots(ax: Axes, runs: Sequence[str], accuracy: np.ndarray) -> None:
 
 
 def confusion_block(p: Predictions) -> Figure:
-    """Percentages of the true class (row), with names: all of few classes, else the most confused."""
+    """Percentages of the true class (row) with names, of all classes or the most confused."""
     classes = list(p.present) if len(p.present) <= BLOCK else p.confused_block(BLOCK)
     share = percentages(p)[np.ix_(classes, classes)]
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "font.size": 8}):

@@ -21,11 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from deepvision import checkpoint
-from deepvision.models import registry
+from deepvision.models.registry import NETWORK_NAMES, load_network
 from deepvision.runtime.jsonl import read_json, read_jsonl, read_metrics
+from deepvision.runtime.provenance import ROOT
 from utils import UserError
 
-CODE = Path(__file__).resolve().parents[2]
 LOSS, LEARNING_RATE = "data/training_loss", "data/learning_rate"
 ACCURACIES = ("top1_accuracy", "top5_accuracy")
 SPLITS = ("train", "val")
@@ -34,13 +34,6 @@ SWEPT = {"sweep", "probed"}
 ROBUST = "robust_top1_accuracy"  # of adversarial training
 EVENT_FILES = "events.out.tfevents.*"
 SCALARS_ONLY = {"scalars": 0, "images": 1, "tensors": 1}  # 0: all of them
-NETWORKS = {
-    "torch_conv": "SimpleNet",
-    "custom_conv": "SimpleNet on CustomConv2d",
-    "vit": "SimpleViT",
-    "resnet18": "ResNet-18",
-    "scene_net": "SceneNet",
-}
 COURSE_KINDS = {  # `model_arch` of the course's checkpoints and names of its run folders
     "simplenet": "torch_conv",
     "CNN": "torch_conv",
@@ -95,11 +88,11 @@ class Run:
         """The key of the network in the registry; None where the folder does not say."""
         kind = self.config.get("kind") or self.folder.name.partition("_exp_")[0]
         kind = COURSE_KINDS.get(kind, kind)
-        return kind if kind in NETWORKS else None
+        return kind if kind in NETWORK_NAMES else None
 
     @property
     def network_name(self) -> str | None:
-        return self.config.get("network") or NETWORKS.get(self.arch)
+        return self.config.get("network") or NETWORK_NAMES.get(self.arch)
 
     @property
     def adversarial_mode(self) -> str | None:
@@ -143,7 +136,7 @@ class Run:
 
     def setting(self, name: str) -> object:
         """The value of a flag; None where the run did not record it."""
-        settings = self.config.get("arguments") or self.config.get("settings")
+        settings = self.config.get("arguments")
         return settings.get(name) if isinstance(settings, dict) else None
 
     def data_folder(self) -> Path | None:
@@ -155,8 +148,8 @@ class Run:
         recorded = self.setting("data_folder")
         if not isinstance(recorded, str) or not recorded:
             return None
-        projects = [CODE.parent, *self.folder.parents[1:2]]
-        starts = [CODE, *projects, *(p / "code" for p in projects), Path.cwd()]
+        projects = [ROOT, *self.folder.parents[1:2]]
+        starts = [ROOT / "code", *projects, *(p / "code" for p in projects), Path.cwd()]
         places = [start / Path(recorded).expanduser() for start in starts]
         return next((p for p in places if (p / "images").is_dir()), places[0])
 
@@ -171,30 +164,8 @@ class Run:
         path = checkpoint.latest_valid(models, (checkpoint.BEST, checkpoint.LAST))
         if path is None:
             raise UserError(f"{models} holds no checkpoint that can be read")
-        return load_network(path)
-
-
-def load_network(path: Path) -> nn.Module:
-    """The network of a checkpoint, on the CPU, in evaluation mode.
-
-    Raises:
-        UserError: the checkpoint fits none of the networks in code/.
-    """
-    ckpt = checkpoint.load(path)
-    arch, classes = ckpt.get("kind"), num_classes(ckpt["state_dict"])
-    if not isinstance(arch, str) or arch not in registry.MODEL_REGISTRY:
-        arch = registry.infer_arch(ckpt["state_dict"], classes)
-    model = registry.create_model(arch, classes)
-    checkpoint.load_weights(model, ckpt, path)
-    return model.eval()
-
-
-def num_classes(state_dict: dict) -> int:
-    """The rows of the last matrix, which in every classifier is the weight of its last layer."""
-    matrices = [v for v in state_dict.values() if v.dim() == 2]
-    if not matrices:
-        raise UserError("the checkpoint has no linear layer, so it is no classifier")
-    return len(matrices[-1])
+        model, _ = load_network(checkpoint.load(path), path)
+        return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from pathlib import Path
 from matplotlib.figure import Figure as Drawing
 from torch import Tensor, nn
 
-from deepvision.checkpoint import write_atomically
 from deepvision.evaluation import pictures
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.reporting import explorer, figures
@@ -22,6 +21,7 @@ from deepvision.reporting.analysis import (
 )
 from deepvision.reporting.document import Explorer, Figure, Pictures, Section, Table, Text
 from deepvision.reporting.records import Run
+from deepvision.runtime.atomic import write_atomically
 from deepvision.runtime.jsonl import read_json
 from utils import UserError
 
@@ -89,10 +89,8 @@ def adversarial_training(run: Run) -> str:
 
 
 def versions(run: Run) -> str:
-    recorded = run.config.get("versions") or {"torch": run.config.get("torch")}
-    if not isinstance(recorded, dict):
-        return str(recorded)
-    return ", ".join(f"{name} {v}" for name, v in recorded.items() if v) or UNKNOWN
+    found = {name: run.config.get(name) for name in ("python", "torch")}
+    return ", ".join(f"{name} {v}" for name, v in found.items() if v) or UNKNOWN
 
 
 ORIGIN: dict[str, Callable[[Run], str]] = {
@@ -379,8 +377,8 @@ def attack_explorer(a: RunAnalysis) -> Section | None:
     epsilon, steps = explorer.MIDDLE
     caption = (
         f"Images that {a.run.label} classifies correctly: {fell} that PGD with ε = {epsilon} and "
-        f"{steps} steps changes, {held} that hold. ε in 8-bit intensity levels (l_inf). The network "
-        "sees the attacked image rounded to 8 bits, as shown."
+        f"{steps} steps changes, {held} that hold. ε in 8-bit intensity levels (l_inf). The "
+        "network sees the attacked image rounded to 8 bits, as shown."
     )
     paper = Text("The page report.html has an explorer of this attack.", "note", media="paper")
     return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption), paper])
