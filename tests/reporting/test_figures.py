@@ -20,9 +20,7 @@ def outside(figure):
     words = [t for t in texts if t.get_text().strip("−.0123456789")]  # ticks may lie outside
     boxes = [(t.get_text(), t.get_window_extent()) for t in words]
     return [
-        text
-        for text, b in boxes
-        if b.x0 < -1 or b.y0 < -1 or b.x1 > width + 1 or b.y1 > height + 1
+        text for text, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > width + 1 or b.y1 > height + 1
     ]
 
 
@@ -85,7 +83,7 @@ def test_a_hundred_classes_show_the_best_and_the_worst(hundred):
 
 def test_the_confusion_block_has_names_and_numbers(hundred):
     figure = figures.confusion_block(hundred)
-    block = hundred.confused_block(figures.BLOCK)
+    block = figures.block_classes(hundred)
     ax, scale = figure.axes
     names = [t.get_text().replace("\n", " ") for t in ax.get_yticklabels()]
     assert names == [hundred.names[i] for i in block] and outside(figure) == []
@@ -98,7 +96,7 @@ def test_the_confusion_block_has_names_and_numbers(hundred):
 
 def test_cells_on_the_page_are_those_of_the_matrix(hundred):
     figure = figures.confusion_matrix(hundred)
-    hover = figures.cell_hover(figure, hundred)
+    hover = figures.cell_hover(figure, hundred, hundred.present)
     assert len(hover["names"]) == 99 and sum(n for *_, n in hover["cells"]) == 990
     for i, j, n in hover["cells"]:
         assert hundred.confusion[i, j] == n

@@ -31,7 +31,6 @@ PROBED = 50  # images of the accuracies, where the run has no sweep
 TOP = 3  # predictions shown
 
 ATTACK = PGD(norm="linf", epsilon=4, pixels=InputScale("255", IMAGENET_MEAN, IMAGENET_STD))
-POINTS = [(epsilon, steps) for epsilon in EPSILONS[1:] for steps in STEPS]
 
 
 def explore(a: RunAnalysis) -> dict | None:
@@ -86,9 +85,14 @@ def choose(a: RunAnalysis) -> tuple[list[int], list[bool]]:
     return fell + held, [False] * len(fell) + [True] * len(held)
 
 
+def points() -> list[tuple[int, int]]:
+    """(ε, steps) of the grid without ε = 0, in the order of the page's JavaScript."""
+    return [(epsilon, steps) for epsilon in EPSILONS[1:] for steps in STEPS]
+
+
 def grid(model: nn.Module, x: Tensor, y: Tensor) -> list[np.ndarray]:
-    """The attacked images, uint8 (N, H, W, 3), of each of POINTS."""
-    attacks = (replace(ATTACK, epsilon=epsilon, steps=steps) for epsilon, steps in POINTS)
+    """The attacked images, uint8 (N, H, W, 3), of each of `points`."""
+    attacks = (replace(ATTACK, epsilon=epsilon, steps=steps) for epsilon, steps in points())
     return [pixels(attack.perturb(model, x, y)) for attack in attacks]
 
 
@@ -143,7 +147,7 @@ def recorded_sweep(row: dict | None) -> dict | None:
     if not row or not ("l_inf" in row["attack"] and "untargeted" in row["attack"]):
         return None
     found = {(p["epsilon_255"], p["steps"]): p["top1"] for p in row["sweep"]}
-    if not {(0, 0), *POINTS} <= found.keys():
+    if not {(0, 0), *points()} <= found.keys():
         return None
     rows = [
         [found[(epsilon, steps) if epsilon else (0, 0)] for steps in STEPS] for epsilon in EPSILONS

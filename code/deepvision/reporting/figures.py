@@ -267,9 +267,14 @@ def draw_dots(ax: Axes, runs: Sequence[str], accuracy: np.ndarray) -> None:
         ax.plot(row, y + shift, "o", color=colour, markersize=5, label=run)
 
 
+def block_classes(p: Predictions) -> list[int]:
+    """The classes that have images, or the most confused of many."""
+    return p.present.tolist() if len(p.present) <= BLOCK else p.confused_block(BLOCK)
+
+
 def confusion_block(p: Predictions) -> Figure:
-    """Percentages of the true class (row) with names, of all classes or the most confused."""
-    classes = list(p.present) if len(p.present) <= BLOCK else p.confused_block(BLOCK)
+    """Percentages of the true class (row) with names, of `block_classes`."""
+    classes = block_classes(p)
     share = percentages(p)[np.ix_(classes, classes)]
     with matplotlib.rc_context({**STYLE, "axes.grid": False, "font.size": 8}):
         side = COLUMN + 1.4 if len(classes) > 10 else COLUMN
@@ -338,11 +343,11 @@ def curve_hover(figure: Figure, series: list[tuple[str, Curve]], x_name: str, un
     }
 
 
-def cell_hover(figure: Figure, p: Predictions) -> dict:
-    """Names and counts of the confusion matrix of the classes that have images."""
-    counts = p.confusion[np.ix_(p.present, p.present)]
+def cell_hover(figure: Figure, p: Predictions, classes: Sequence[int]) -> dict:
+    """Names and counts of the confusion matrix of these classes, which `figure` shows."""
+    counts = p.confusion[np.ix_(classes, classes)]
     cells = [[int(i), int(j), int(counts[i, j])] for i, j in np.argwhere(counts)]
-    names, totals = [p.names[i] for i in p.present], counts.sum(1).tolist()
+    names, totals = [p.names[i] for i in classes], p.confusion.sum(1)[classes].tolist()
     return {"kind": "matrix", "box": axes_box(figure), "names": names} | {
         "totals": totals,
         "cells": cells,

@@ -292,23 +292,27 @@ def confusion(a: RunAnalysis, writer: FigureWriter) -> Section:
     """The most confused classes with names, the whole matrix with hover, the worst pairs."""
     p, run = a.predictions, a.run
     names, totals = p.names, p.confusion.sum(1)
-    blocks = []
-    if pairs := p.most_confused(CONFUSED_PAIRS):
-        few = len(p.present) <= figures.BLOCK
-        which = "all classes" if few else f"the {figures.BLOCK} most confused classes"
-        caption = f"Predictions of {run.label}, in per cent of the true class: {which}."
-        blocks.append(writer.add(f"confusion_{run.name}", figures.confusion_block(p), caption))
-    drawing = figures.confusion_matrix(p)
-    caption = f"The confusion matrix of all {len(p.present)} classes: point at a cell."
-    hover = figures.cell_hover(drawing, p)
-    name = f"confusion_all_{run.name}"
-    blocks.append(writer.add(name, drawing, caption, hover=hover, media="html"))
+    drawing, classes = figures.confusion_block(p), figures.block_classes(p)
+    few = len(classes) == len(p.present)
+    which = "all classes" if few else f"the {len(classes)} most confused classes"
+    caption = f"Predictions of {run.label}, in per cent of the true class: {which}."
+    hover = figures.cell_hover(drawing, p, classes)
+    blocks = [writer.add(f"confusion_{run.name}", drawing, caption, hover=hover)]
+    if not few:
+        drawing = figures.confusion_matrix(p)
+        caption = f"The confusion matrix of all {len(p.present)} classes: point at a cell."
+        hover = figures.cell_hover(drawing, p, p.present)
+        name = f"confusion_all_{run.name}"
+        blocks.append(writer.add(name, drawing, caption, hover=hover, media="html"))
+    pairs = p.most_confused(CONFUSED_PAIRS)
     title = f"Confusion: {run.label}"
     if not pairs:
         return Section(title, [*blocks, Text("Every image is classified correctly.")])
     rows = [[names[i], names[j], str(n), str(totals[i])] for i, j, n in pairs]
     head = ["most confused: true class", "predicted class", "images", "of"]
-    return Section(title, [*blocks, Table(head, rows), *confused_pictures(a, pairs, writer)])
+    return Section(
+        title, [*blocks, Table(head, rows, words=True), *confused_pictures(a, pairs, writer)]
+    )
 
 
 def confused_pictures(a: RunAnalysis, pairs: Sequence[tuple], writer: FigureWriter) -> list:
