@@ -213,7 +213,7 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
     """In mid-run, just before one of the files is written; saved files are intact."""
     owner, name = {
         "events": (run_logger.RunLogger, "log_step"),
-        "curves": (run_logger.RunLogger, "add_curve_point"),
+        "curves": (run_logger.RunLogger, "add_scalar"),
         "metrics": (run_logger, "write_atomically"),
         "checkpoint": (checkpoint, "write_atomically"),
     }[where]

@@ -252,8 +252,8 @@ def test_a_collapse_is_told_and_undone_and_robust_accuracy_is_kept(run, weights_
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["robust_top1_accuracy"] for row in rows] == [30.0, 40.0, 35.0, 3.0]
     assert [row["collapsed"] for row in rows] == [False, False, False, True]
-    curve = EventAccumulator(str(folder / "data_top1_accuracy_robust")).Reload()
-    points = [(p.step, p.value) for p in curve.Scalars("data/top1_accuracy")]
+    curve = EventAccumulator(str(folder)).Reload()
+    points = [(p.step, p.value) for p in curve.Scalars("data/robust_top1_accuracy")]
     assert points == [(1, 30.0), (2, 40.0), (3, 35.0), (4, 3.0)]
     best = checkpoint.load(folder / "models/model_best.pth.tar")
     assert (best["epoch"], best["best_robust"], last["best_robust"]) == (2, 40.0, 40.0)

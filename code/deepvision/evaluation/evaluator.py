@@ -178,8 +178,7 @@ class Evaluator:
         for epsilon, steps, accuracy in sweep.sweep(self.model, x, y, attack):
             points.append((epsilon, steps, accuracy))
             for curve in [steps] if steps else sweep.STEPS:  # all start at the clean accuracy
-                tag, name = "robustness/top1_accuracy", f"{curve}_steps"
-                self.logger.add_curve_point(tag, name, accuracy, epsilon)
+                self.logger.add_scalar(f"robustness/top1_{curve}_steps", accuracy, epsilon)
         text = sweep.format_table(attack.norm, points, len(y))
         print(text)
         self.logger.add_text("robustness/sweep", text)
