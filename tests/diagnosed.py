@@ -38,6 +38,21 @@ class Randomised(Healthy):
         return super().forward(x + 1e-3 * torch.randn_like(x))
 
 
+class Saturated(Healthy):
+    """Its softmax rounds to 0 and 1, so that the cross-entropy has half a gradient or none."""
+
+    def forward(self, x):
+        return 20 * super().forward(x)
+
+
+class Trap(Healthy):
+    """A seventh logit follows the largest one at a distance of 1: the margin never shrinks."""
+
+    def forward(self, x):
+        z = super().forward(x)
+        return torch.cat([z, z.amax(1, keepdim=True) - 1], 1)
+
+
 class Stubborn(Healthy):
     """Answers 0 whatever it sees."""
 

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diagnosed import PIXELS, RADIUS, Healthy, Quantised, Randomised, Stubborn, images, pgd
+from diagnosed import (
+    PIXELS,
+    RADIUS,
+    Healthy,
+    Quantised,
+    Randomised,
+    Saturated,
+    Stubborn,
+    Trap,
+    images,
+    pgd,
+)
 
-from deepvision.attacks import add_random_noise, lp_norm, run_diagnostics, zero_gradient_mask
+from deepvision.attacks import (
+    InputScale,
+    add_random_noise,
+    lp_norm,
+    run_diagnostics,
+    zero_gradient_mask,
+)
 
 NAMES = [
     "pixel range",
@@ -21,6 +40,7 @@ NAMES = [
 ]
 MASKED = {"gradients", "noise", "gradient-free search"}
 WEAK = {"more steps", "loss", "targets", "gradient-free search"}
+TRAPPED = {"noise", "loss", "targets", "large ε", "gradient-free search"}
 
 
 @pytest.fixture(scope="module")
@@ -37,17 +57,44 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
         (Healthy(), {"steps": 5, "step_size": 2.0}, WEAK),
         (Healthy(), {"step_size": 0.0}, {"noise", "gradient-free search"}),
         (Stubborn(), {}, {"noise", "large ε"}),
+        (Saturated(), {}, {"gradients", "loss", "targets", "large ε"}),
+        (Trap(), {"loss": "margin"}, TRAPPED),
     ],
-    ids=["healthy", "quantised", "randomised", "short steps", "no steps", "stubborn"],
+    ids=[
+        "healthy",
+        "quantised",
+        "randomised",
+        "short steps",
+        "no steps",
+        "stubborn",
+        "saturated",
+        "trap",
+    ],
 )
-def test_each_light_warns_of_its_illness(model, attack, expected, data):
+@pytest.mark.filterwarnings("ignore:this model is randomised")
+def test_each_diagnostic_fails_on_its_flaw(model, attack, expected, data):
     torch.manual_seed(0)
-    lights = list(run_diagnostics(model, *data, pgd(**attack)))
-    assert [light.name for light in lights] == NAMES
-    found = {light.name for light in lights if light.failed}
+    diagnostics = list(run_diagnostics(model, *data, pgd(**attack)))
+    assert [diagnostic.name for diagnostic in diagnostics] == NAMES
+    found = {diagnostic.name for diagnostic in diagnostics if diagnostic.failed}
     assert found == expected
-    for light in lights:
-        assert light.line().startswith("WARNING" if light.failed else "     ok")
+    for diagnostic in diagnostics:
+        assert diagnostic.line().startswith("WARNING" if diagnostic.failed else "     ok")
+        assert diagnostic.line().endswith(f"; next: {diagnostic.advice}") == diagnostic.failed
+
+
+@pytest.mark.parametrize(
+    ("pixels", "failed"),
+    [
+        (PIXELS, False),
+        (InputScale("255", (0.0,) * 3, (1.0,) * 3), True),  # normalised images as if in [0, 1]
+        (InputScale("255", PIXELS.mean, (0.05,) * 3), True),  # a small part of the range
+    ],
+)
+def test_inputs_that_do_not_fit_the_pixel_range_are_noticed(pixels, failed, data):
+    attack = replace(pgd(), pixels=pixels)
+    diagnostic = next(iter(run_diagnostics(Healthy(), *data, attack)))
+    assert diagnostic.name == "pixel range" and diagnostic.failed == failed
 
 
 def test_a_gradient_vanishes_where_it_is_zero_at_every_pixel(data):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +31,13 @@ class Progress:
 
     fell_to: for each image the attack that changed its prediction, "clean" where it was wrong
         before, None where it is still right.
+    attacks: the names of the set, in their order.
     done: finished units of work; each is one attack on one batch of images.
     forward_passes: of single images; seconds: both of all sessions together.
     """
 
     fell_to: list[str | None]
+    attacks: list[str] = field(default_factory=list)
     done: int = 0
     units: int = 0
     forward_passes: int = 0
@@ -153,6 +155,7 @@ class AutoAttack:
             p.fell_to, p.forward_passes = [None if r else CLEAN for r in right], model.passes
         others, stages = other_labels(logits, y), self.stages(logits.shape[1])
         batches = torch.arange(len(x)).split(self.batch_size)
+        p.attacks = list(dict.fromkeys(stage.name for stage in stages))
         p.units = len(stages) * len(batches)
         for number in range(p.done, p.units):
             stage, batch = stages[number // len(batches)], batches[number % len(batches)]
