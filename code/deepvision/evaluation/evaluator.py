@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks import EPSILONS, PGD, InputScale, run_diagnostics
+from deepvision.attacks import EPSILONS, PGD, AutoAttack, InputScale, run_diagnostics
 from deepvision.config import RunConfig
 from deepvision.data.loader import fixed_subset_batch, validation_batches
 from deepvision.evaluation import pictures, sweep
+from deepvision.evaluation.robust_eval import evaluate_robustness
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.models import student
 from deepvision.runtime import distributed
@@ -28,6 +29,7 @@ from utils import relpath
 
 DIFFERENCE_FACTOR = 10
 CAPTIONED = 20  # images of a batch that get captions
+SUITE_IMAGES = 1000  # images that AutoAttack is run on, as on RobustBench
 PROBED = 100  # images that diagnostics and sweep are measured on
 
 
@@ -55,6 +57,8 @@ class Evaluator:
     def run(self) -> int:
         """Evaluate or attack; return the exit code 0."""
         action = self._evaluate if self.config.evaluate else self._attack
+        if self.config.attack_suite:
+            action = self._run_suite
         if not self.logs_events:
             action()
             return 0
@@ -162,6 +166,28 @@ class Evaluator:
         ]
         self.logger.add_image("Image/Strips", pictures.grid(tiles, 6), step)
 
+    def _run_suite(self) -> None:
+        """Robust accuracy under AutoAttack's set; a stopped evaluation continues."""
+        config, images = self.config, self.config.attack_images or SUITE_IMAGES
+        x, y = self.context.to_device(*fixed_subset_batch(self.val_set, images))
+        norm = config.attack_norm or "linf"
+        epsilon = EPSILONS[norm] if config.attack_eps is None else config.attack_eps
+        version, scale = config.attack_suite, InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
+        suite = AutoAttack(norm=norm, epsilon=epsilon, version=version, pixels=scale)
+        name = f"autoattack_{version}_{norm}_{epsilon:g}_{len(y)}.json"
+        path = self.logger.run_dir / name
+        print(f"Results image by image, from which a stopped evaluation continues: {relpath(path)}")
+        result = evaluate_robustness(self.model.eval(), x, y, suite, path)
+        if config.vis:
+            x, y = x[:CAPTIONED], y[:CAPTIONED]
+            first = suite.stages(self.val_set.num_classes)[0].attack
+            self._show_attack(x, first.perturb(self.model, x, y), y, 0)
+        print(result.format_table(), result.summary(), sep="\n")
+        print(f"******Acc@1 {result.progress.accuracy:.3f}")
+        row = {"checkpoint": os.path.basename(config.resume), "suite": result.summary()}
+        row |= {"suite_top1": result.progress.accuracy, "suite_images": len(y)}
+        append_evaluation(self.logger.run_dir, row)
+
     def _diagnose(self, attack: PGD) -> dict:
         """Diagnostics, and with --sweep accuracy over eps and steps, on a few images."""
         x, y = self.context.to_device(*fixed_subset_batch(self.val_set, PROBED))
@@ -203,6 +229,7 @@ def attack_from_config(config: RunConfig) -> PGD | None:
         "step_size": config.attack_step_size,
         "goal": config.attack_goal,
         "restarts": config.attack_restarts,
+        "loss": config.attack_loss,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if not (given or config.attack_norm or config.attack_eps is not None or config.sweep):

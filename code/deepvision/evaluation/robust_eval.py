@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from deepvision.attacks import AutoAttack, Progress
 from deepvision.attacks.pgd import Model
-from deepvision.checkpoint import write_atomically
 from deepvision.evaluation.statistics import percent
 from deepvision.evaluation.sweep import format_budget
+from deepvision.runtime.atomic import write_atomically
 from utils import UserError
 
 
