@@ -18,11 +18,11 @@ from results_file import ROOT, provenance, write_section
 from torch import Tensor, nn
 
 sys.path.insert(1, str(ROOT / "code"))
-from deepvision.attacks.pgd import APGD, PGD  # noqa: E402
+from deepvision.attacks import APGD, PGD  # noqa: E402
+from deepvision.evaluation.statistics import percent  # noqa: E402
 from deepvision.runtime.run_dir import LOGS  # noqa: E402
 from reverse_attack import classifier, data, options  # noqa: E402
 from reverse_attack.cost import measure_cost  # noqa: E402
-from reverse_attack.intervals import percent  # noqa: E402
 from reverse_attack.reversal import BUDGETS, input_scale  # noqa: E402
 
 STEPS = (20, 100)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from deepvision import checkpoint
+from deepvision.runtime import atomic
 from deepvision.training.progress import Progress
 from utils import UserError
 
@@ -273,40 +274,41 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path, name):
         checkpoint.load(tmp_path / name)
 
 
-def die_at(monkeypatch, name, count):
-    """Have this process killed at its so-many-th call (from 0) of a function of os."""
-    original, calls = getattr(os, name), iter(range(count + 1))
+STEPS = {  # of a save: (function, the file that it is called on), and whether the new file is there
+    "before the sync": (os, "fsync", None, False),
+    "before the link": (os, "link", checkpoint.LAST, False),
+    "before the rename": (os, "replace", checkpoint.LAST + ".part", False),
+    "before the old file's rename": (os, "replace", checkpoint.LAST + ".old", True),
+    "before the folder's sync": (atomic, "_sync_folder", None, True),
+}
 
-    def call(*args, **options):
-        if next(calls) == count:
+
+def die_before(monkeypatch, owner, name, file):
+    """Have this process killed when it calls the function on this file, or on any."""
+    original = getattr(owner, name)
+
+    def call(first, *args, **options):
+        if file is None or Path(first).name == file:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **options)
+        return original(first, *args, **options)
 
-    monkeypatch.setattr(os, name, call)
+    monkeypatch.setattr(owner, name, call)
 
 
 @forks
 @pytest.mark.parametrize("damaged", [False, True])
-@pytest.mark.parametrize(
-    ("name", "count", "renamed"),
-    [
-        ("fsync", 0, False),
-        ("link", 0, False),
-        ("replace", 0, False),
-        ("replace", 1, True),
-        ("fsync", 1, True),
-    ],
-)
-def test_killed_between_any_two_steps_of_a_save_leaves_a_good_one(
-    tmp_path, monkeypatch, name, count, renamed, damaged
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_between_any_two_steps_of_a_save_leaves_a_valid_file(
+    tmp_path, monkeypatch, step, damaged
 ):
-    """With a damaged last one, too, which must not drive out the good one before."""
+    """With a damaged last file too, which must not replace the valid one before."""
     for value in (1, 2):
         write(tmp_path, value)
     if damaged:
         (tmp_path / checkpoint.LAST).write_bytes(b"damaged")
+    *where, renamed = STEPS[step]
     with monkeypatch.context() as patch:
-        die_at(patch, name, count)
+        die_before(patch, *where)
         child = in_a_child(lambda: write(tmp_path, 3))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert value_of(checkpoint.latest_valid(tmp_path)) == (3 if renamed else 1 if damaged else 2)

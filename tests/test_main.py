@@ -105,9 +105,9 @@ def test_tensorboard_has_the_contracts_tags(trained):
     rows = without_clock(folder)
     for tag in ("top1_accuracy", "top5_accuracy"):
         for name in ("train", "val"):
-            points = scalars(folder / f"data_{tag}_{name}", f"data/{tag}")
+            points = scalars(folder / name, f"data/{tag}")
             assert points == [(r["epoch"], pytest.approx(r[f"{name}_{tag}"])) for r in rows]
-    best = scalars(folder / "data_top1_accuracy_best", "data/top1_accuracy")
+    best = scalars(folder, "data/top1_accuracy")
     tops = [row["val_top1_accuracy"] for row in rows]
     assert [v for _, v in best] == pytest.approx([max(tops[: i + 1]) for i in range(len(tops))])
 
@@ -123,7 +123,7 @@ def test_tensorboard_shows_the_settings_beside_the_best_accuracy(trained):
     assert values["lr"].number_value == 0.02 and values["network"].string_value == "torch_conv"
     assert values["at"].string_value == "off"
     (metric,) = experiment.experiment.metric_infos
-    assert scalars(folder / metric.name.group, metric.name.tag)
+    assert scalars(folder, metric.name.tag)
 
 
 def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained, sample_root):

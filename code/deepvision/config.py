@@ -14,7 +14,8 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 
-from deepvision.attacks.diagnostics import EPSILONS
+from deepvision.attacks import EPSILONS, LOSSES
+from deepvision.attacks.autoattack import VERSIONS
 from deepvision.runtime.provenance import command_line
 from deepvision.training.objectives import STEPS
 from deepvision.training.signals import parse_interval
@@ -159,6 +160,9 @@ class RunConfig:
     attack_step_size: float | None = None
     attack_goal: str | None = None
     attack_restarts: int | None = None
+    attack_loss: str | None = None
+    attack_suite: str | None = None
+    attack_images: int | None = None
     sweep: bool = False
 
     named: frozenset[str] = frozenset()
@@ -310,7 +314,10 @@ FLAGS: dict[str, list[Flag]] = {
         flag("--attack-step-size", "size of a step; default 2.5 eps / steps", positive),
         flag("--attack-goal", "what to reach", ("untargeted", "least_likely", "random")),
         flag("--attack-restarts", "random starts, of which the worst counts; default 1", count),
+        flag("--attack-loss", "loss to ascend; default ce", tuple(LOSSES)),
         flag("--sweep", "accuracy over a grid of eps and steps"),
+        flag("--attack-suite", "AutoAttack's set instead; rand: randomised networks", VERSIONS),
+        flag("--attack-images", "validation images for --attack-suite; default 1000", count),
     ],
 }
 
@@ -376,6 +383,13 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield f"{spelled([*attack_flags, 'sweep'][0])} needs -a"
     if config.sweep and {"attack_eps", "attack_steps"} & config.named:
         yield "--sweep covers all eps and steps: leave --attack-eps and --attack-steps out"
+    single = config.named & {
+        f"attack_{n}" for n in ("steps", "step_size", "goal", "restarts", "loss")
+    }
+    if config.attack_suite and (single or config.sweep):
+        yield f"--attack-suite sets its attacks: leave {spelled([*sorted(single), 'sweep'][0])} out"
+    if config.attack_images and not config.attack_suite:
+        yield "--attack-images needs --attack-suite"
     if config.use_mps and config.gpu is not None:
         yield "--use-mps and --gpu exclude each other"
     if config.resume and config.start_epoch:

@@ -16,8 +16,7 @@ import torch
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepvision.attacks.norms import size as lp_norm
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, lp_norm
 from deepvision.config import at_least
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import attack_sets, classifier, options

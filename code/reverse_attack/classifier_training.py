@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from deepvision import checkpoint
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, InputScale
 from deepvision.runtime.console import Console
 from deepvision.runtime.device import DeviceContext
 from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer

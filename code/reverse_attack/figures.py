@@ -20,9 +20,10 @@ from torch import Tensor
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepvision.attacks.diagnostics import wilson
-from deepvision.attacks.pgd import PGD, cross_entropy
+from deepvision.attacks import PGD
+from deepvision.attacks.losses import cross_entropy
 from deepvision.config import at_least
+from deepvision.evaluation.statistics import wilson
 from deepvision.runtime.atomic import write_atomically
 from deepvision.runtime.jsonl import read_json
 from deepvision.runtime.provenance import ROOT

@@ -21,12 +21,12 @@ if __name__ == "__main__":  # as a script: modules are found from code/, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deepvision.config import at_least
+from deepvision.evaluation.statistics import Paired, percent
 from deepvision.runtime.run_dir import LOGS, append_evaluation, new_run_dir, run_dir_of
 from reverse_attack import attack_sets, classifier, data, heads, options
 from reverse_attack.attack_sets import NORMS
 from reverse_attack.classifier import Classifier, LoadedClassifier
 from reverse_attack.cost import Cost, measure_cost
-from reverse_attack.intervals import Paired, percent
 from reverse_attack.reversal import REVERSAL_FACTOR, Reversal, add_noise
 from utils import UserError
 

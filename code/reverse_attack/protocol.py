@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from deepvision.attacks.pgd import APGD, LOSSES, PGD, Attack, cross_entropy
-from deepvision.attacks.square import Square
+from deepvision.attacks import APGD, LOSSES, PGD, Attack, Square
+from deepvision.attacks.losses import cross_entropy
 from reverse_attack.adaptive import DefenceAware, Defended
 from reverse_attack.classifier import Classifier
 from reverse_attack.contrastive import ContrastiveLoss
@@ -23,7 +23,6 @@ from reverse_attack.reversal import REVERSAL_FACTOR, Reversal, add_noise, input_
 
 WEIGHTS = (1.0, 10.0)  # lambda of the defence-aware attacks
 BPDA, KNOWN_VIEWS = "BPDA + EOT", "BPDA, known views"
-SQUARE_P = 0.8  # fraction of pixels of the first squares, as in AutoAttack
 
 Defence = Callable[[Tensor, int], Tensor]  # (images, seed) -> images
 
@@ -201,7 +200,7 @@ class Evaluator:
     def square(self, queries: int) -> Square:
         """Square with this number of queries."""
         scale = input_scale("linf")
-        return Square(epsilon=self.epsilon, pixels=scale, steps=queries - 1, share=SQUARE_P)
+        return Square(epsilon=self.epsilon, pixels=scale, steps=queries - 1)
 
     def static_attacks(self) -> Iterator[tuple[str, AttackedBatch]]:
         """Attacks on the classifier alone, on all images."""

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from deepvision.attacks.diagnostics import wilson
+from deepvision.evaluation.statistics import Paired, wilson
 from deepvision.runtime.atomic import write_atomically
 from reverse_attack.cost import Cost
-from reverse_attack.intervals import Paired
 from reverse_attack.protocol import BPDA, KNOWN_VIEWS, Result, Table
 from utils import relpath
 

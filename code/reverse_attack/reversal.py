@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deepvision.attacks.norms import InputScale, random_start
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, InputScale, random_start
 
 # Radii of the attacks: in 1/255 for l_inf, on images in [0, 1] for the others
 BUDGETS = {"linf": 8.0, "l2": 0.5, "l1": 12.0}

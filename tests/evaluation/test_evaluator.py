@@ -12,7 +12,7 @@ from torch import nn
 
 import main
 from deepvision import checkpoint
-from deepvision.attacks import diagnostics
+from deepvision.evaluation import sweep
 from deepvision.models import registry
 
 
@@ -57,16 +57,16 @@ def test_evaluation_shows_where_the_network_looks(look, capsys):
     assert {"Image/Image", "Image/Saliency", "Image/GradCAM"} <= set(tags)
 
 
-def test_an_attack_by_flags_tells_its_budget_in_both_units_and_six_lights(look, capsys):
+def test_an_attack_by_flags_reports_its_budget_in_both_units_and_nine_diagnostics(look, capsys):
     words = ["--attack-eps=8", "--attack-steps=5", "--attack-goal=random", "--attack-restarts=2"]
     out, folder = look(capsys, "-a", "-v", *words)
     budget = "l_inf, ε = 8/255 = (0.137, 0.140, 0.139) normalised in R, G, B"
     title, last = out.splitlines()[-2:]
     assert title == f"Attacked images, random PGD, 5 steps of 4/255 with 2 restarts, {budget}:"
     assert last.startswith("******Acc@1 ")
-    assert len(re.findall(r"^ *(?:ok|WARNING)  \S", out, re.M)) == 6
+    assert len(re.findall(r"^ *(?:ok|WARNING)  \S", out, re.M)) == 9
     row = row_of(folder)
-    assert budget in row["attack"] and len(row["lights"]) == 6
+    assert budget in row["attack"] and len(row["lights"]) == 9
     assert "Image/Strips" in EventAccumulator(str(folder)).Reload().Tags()["images"]
 
 
@@ -77,7 +77,7 @@ def test_without_flags_it_is_the_default_attack(look, capsys):
 
 
 def test_a_sweep_leaves_a_table_and_curves_that_a_second_one_replaces(look, capsys, monkeypatch):
-    monkeypatch.setattr(diagnostics, "STEPS", (1, 4))
+    monkeypatch.setattr(sweep, "STEPS", (1, 4))
     for _ in range(2):
         out, folder = look(capsys, "-a", "--sweep")
     table = (folder / "sweep.md").read_text()
@@ -86,7 +86,7 @@ def test_a_sweep_leaves_a_table_and_curves_that_a_second_one_replaces(look, caps
     assert [(p["epsilon_255"], p["steps"]) for p in points] == [
         (0, 0), *((e, s) for e in (1, 2, 4, 8, 16) for s in (1, 4))
     ]  # fmt: skip
-    curve = EventAccumulator(str(folder / "robustness_top1_accuracy_4_steps")).Reload()
-    curve = [(p.step, p.value) for p in curve.Scalars("robustness/top1_accuracy")]
+    curve = EventAccumulator(str(folder)).Reload()
+    curve = [(p.step, p.value) for p in curve.Scalars("robustness/top1_4_steps")]
     fours = [(p["epsilon_255"], pytest.approx(p["top1"])) for p in points if p["steps"] in (0, 4)]
     assert curve == fours

@@ -19,6 +19,7 @@ from deepvision.models import registry
 from deepvision.models.scene_net import Block, SceneNet
 from deepvision.reporting import records
 from deepvision.runtime.device import DeviceContext, prepare_model
+from deepvision.runtime.jsonl import read_metrics
 from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.training import engine, optim
 from deepvision.training.objectives import CutMix
@@ -292,7 +293,7 @@ def trained(call, drawn) -> Path:
 
 
 def test_it_learns_the_drawn_scenes(trained):
-    rows = records.read_rows(trained / "metrics.jsonl")
+    rows = read_metrics(trained / "metrics.jsonl")
     assert rows[-1]["val_top1_accuracy"] >= 20  # of 200 images; chance: 10, no learning: 14 at most
     config = json.loads((trained / "config.json").read_text())
     assert config["kind"] == "scene_net" and config["arguments"]["wd"] == SCENE_NET["wd"]
@@ -308,7 +309,7 @@ def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn,
     assert plain.startswith(f"******Acc@1 {best['best_acc1']:.3f}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "MODEL_REGISTRY", registry.MODEL_REGISTRY | call.narrow)
-        net = records.read_run(trained, "run").network
+        net = records.read_runs([trained])[0].network
     assert torch.equal(net.fc.weight, best["state_dict"]["fc.weight"])
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from reverse_toys import images, make_loss, random
 
-from deepvision.attacks.pgd import margin
+from deepvision.attacks.losses import margin
 from reverse_attack import resnets
 from reverse_attack.adaptive import ATTACKER_SEEDS, DefenceAware, Defended
 from reverse_attack.classifier import Classifier

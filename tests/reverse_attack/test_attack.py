@@ -8,8 +8,7 @@ import torch
 from reverse_toys import CLASSES, EPSILONS, run, set_of, weights, x_of
 
 from deepvision import checkpoint
-from deepvision.attacks.norms import size as lp_norm
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, lp_norm
 from reverse_attack import attack, attack_sets, classifier, inference
 from reverse_attack.data import list_images
 from reverse_attack.reversal import input_scale

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reverse_toys import assert_unchanged, images, make_loss, snapshot
 
-from deepvision.attacks.norms import size as lp_norm
+from deepvision.attacks import lp_norm
 from reverse_attack.reversal import BUDGETS, REVERSAL_FACTOR, Reversal, add_noise
 
 BUDGET = {norm: REVERSAL_FACTOR * epsilon for norm, epsilon in BUDGETS.items()}

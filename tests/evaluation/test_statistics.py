@@ -1,4 +1,4 @@
-"""McNemar's test and paired counts."""
+"""Confidence intervals against published ones, McNemar's test against enumeration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import itertools
 import pytest
 import torch
 
-from reverse_attack.intervals import Paired, mcnemar
+from deepvision.evaluation.statistics import Paired, mcnemar, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(0, 20, 0.0, 16.11), (10, 20, 29.93, 70.07), (81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05)],
+)
+def test_wilson_intervals_are_the_published_ones(hits, n, low, high):
+    """The last two: Newcombe, 1998, table I, method 3."""
+    assert wilson(hits, n) == pytest.approx((low, high), abs=0.01)
 
 
 def test_mcnemar_counts_coin_tosses():
