@@ -28,7 +28,7 @@ from answers import (
 
 import self_check
 from checks import submission
-from checks.grading import Check, Result, CheckFailed, run
+from checks.grading import Check, CheckFailed, Result, run
 
 ANSWER_PARTS = tuple(part for part in self_check.PARTS if part != "submission")
 

@@ -430,7 +430,8 @@ def judge_iterates(inputs: list[Attack], findings: Findings) -> None:
     if any(same(found, pgd(attack, again=a, clamp=c)) for a in (False, True) for c in clamps):
         return
     path = [x for x in one["iterates"] if x.shape == found.shape] + [found]
-    right = sum(follows(attack, *pair) for pair in zip(path, path[1:], strict=False))
+    steps = zip(path, path[1:], strict=False)
+    right = sum(follows(attack, path[0], x, after) for x, after in steps)
     if right < attack.steps - 1:
         raise failed(
             f"{right} of {attack.steps} iterates follow from the one before by a step against the "
@@ -440,10 +441,13 @@ def judge_iterates(inputs: list[Attack], findings: Findings) -> None:
         )
 
 
-def follows(attack: Attack, x: Tensor, after: Tensor) -> bool:
-    """Whether `after` is one step from `x`, for a fixed label or that of `x`, projected or not."""
+def follows(attack: Attack, start: Tensor, x: Tensor, after: Tensor) -> bool:
+    """Whether `after` is one step from `x`, projected or not.
+
+    The label is that of the clean image, of the start, or of `x`.
+    """
     net = fresh_model().requires_grad_(False)
-    targets = [net(v).argmin(1) for v in (attack.x, x)]
+    targets = [net(v).argmin(1) for v in (attack.x, start, x)]
     for target in targets:
         point = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(net(point), target), point)
