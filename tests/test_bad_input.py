@@ -51,14 +51,13 @@ def data(sample_root, tmp_path):
 
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
     monkeypatch.setitem(registry.MODEL_REGISTRY, "torch_conv", Small)
     return tmp_path / "logs"
 
 
-def run(capsys, *words):
+def run(capsys, logs, *words):
     """(exit code, lines of stdout, lines of stderr) of main.py in this process."""
-    status = main.main([*map(str, words), "--gpu=-1", "-j=0", "-b=16", "--warmup=0"])
+    status = main.main([*map(str, words), "--gpu=-1", "-j=0", "-b=16", "--warmup=0"], logs)
     captured = capsys.readouterr()
     return status, captured.out.splitlines(), captured.err.splitlines()
 
@@ -73,39 +72,39 @@ def test_skipped_images_are_counted_listed_and_the_same_after_a_resume(data, log
     good = (data / "images" / spoilt[0]).read_bytes()
     for name in spoilt:
         (data / "images" / name).write_bytes(good[: len(good) // 2])
-    status, _, err = run(capsys, data, "--epochs=1")
+    status, _, err = run(capsys, logs, data, "--epochs=1")
     assert status == 1 and len(err) == 1 and spoilt[0] in err[0]
     shutil.rmtree(logs)
 
-    status, out, err = run(capsys, data, "--epochs=1", "--skip-bad-images")
+    status, out, err = run(capsys, logs, data, "--epochs=1", "--skip-bad-images")
     assert (status, err) == (0, [])
-    assert {f"left out: {name}" for name in spoilt} <= set(out)
-    assert "2 images are left out." in out
+    assert {f"skipped: {name}" for name in spoilt} <= set(out)
+    assert "2 images are skipped." in out
     [folder] = logs.iterdir()
     assert json.loads((folder / "config.json").read_text())["left_out"] == sorted(spoilt)
 
     (data / "images" / spoilt[0]).write_bytes(good)  # the resumed run does without it all the same
     last = folder / "models" / checkpoint.LAST
-    status, out, _ = run(capsys, data, "--epochs=2", f"--resume={last}")
-    assert status == 0 and "2 images are left out." in out
+    status, out, _ = run(capsys, logs, data, "--epochs=2", f"--resume={last}")
+    assert status == 0 and "2 images are skipped." in out
     assert checkpoint.load(last)["left_out"] == sorted(spoilt)
 
 
 def test_a_run_that_a_bad_image_stopped_goes_on_without_it(data, logs, capsys):
-    assert run(capsys, data, "--epochs=1")[0] == 0
+    assert run(capsys, logs, data, "--epochs=1")[0] == 0
     bad = training_images(data)[5]
     (data / "images" / bad).write_bytes(b"")
     last = next(logs.iterdir()) / "models" / checkpoint.LAST
-    assert run(capsys, data, "--epochs=2", f"--resume={last}")[0] == 1
-    status, out, _ = run(capsys, data, "--epochs=2", f"--resume={last}", "--skip-bad-images")
-    assert status == 0 and f"left out: {bad}" in out
+    assert run(capsys, logs, data, "--epochs=2", f"--resume={last}")[0] == 1
+    status, out, _ = run(capsys, logs, data, "--epochs=2", f"--resume={last}", "--skip-bad-images")
+    assert status == 0 and f"skipped: {bad}" in out
     assert checkpoint.load(last)["left_out"] == [bad]
 
 
 def test_all_images_bad_is_an_error(data, logs, capsys):
     for name in training_images(data):
         (data / "images" / name).write_bytes(b"")
-    status, _, err = run(capsys, data, "--skip-bad-images")
+    status, _, err = run(capsys, logs, data, "--skip-bad-images")
     assert status == 1 and "no image that" in err[0] and not logs.exists()
 
 
@@ -117,15 +116,14 @@ def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     step = next(i for i in range(5) if black in order.indices(0, i))
     assert step > 0
     size = load_image(data / "images" / names[black]).shape
-    save_image((data / "images" / names[black]).with_suffix(".png"), np.zeros(size, np.uint8))
-    (data / "images" / names[black]).with_suffix(".png").replace(data / "images" / names[black])
-    status, _, err = run(capsys, data, "--epochs=2", "--lr=0.01", "--save-every=1")
+    save_image(data / "images" / names[black], np.zeros(size, np.uint8))
+    status, _, err = run(capsys, logs, data, "--epochs=2", "--lr=0.01", "--save-every=1")
     assert status == 1 and len(err) == 1
     [folder] = logs.iterdir()
     batch = [names[i] for i in order.indices(0, step)]
     assert re.fullmatch(
         rf"error: the loss became nan in epoch 1, step {step + 1} of 5 \(learning rate 0\.0\d+\), "
-        rf"on {batch[0]} and 15 more, listed in \S+/bad_batch\.txt; the last good checkpoint is "
+        rf"on {batch[0]} and 15 more, listed in \S+/bad_batch\.txt; the last valid checkpoint is "
         rf"\S+/{checkpoint.LAST}: try a lower --lr",
         err[0],
     )
@@ -133,7 +131,7 @@ def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     content = checkpoint.load(folder / "models" / checkpoint.LAST)
     assert content["progress"]["position"] == step and not checkpoint.first_nonfinite(content)
     shutil.rmtree(logs)
-    status, _, err = run(capsys, data, "--epochs=2", "--lr=0.01")  # with no save before it
+    status, _, err = run(capsys, logs, data, "--epochs=2", "--lr=0.01")  # with no save before it
     assert status == 1 and f"step {step + 1} of 5" in err[0] and "none was saved" in err[0]
 
 
@@ -149,7 +147,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, logs, capsys, monkeypat
 
     spoil.steps = 0
     monkeypatch.setattr(torch.optim.SGD, "step", spoil)
-    status, _, err = run(capsys, data, "--epochs=3", "--lr=0.01")
+    status, _, err = run(capsys, logs, data, "--epochs=3", "--lr=0.01")
     assert status == 1 and "fc.weight is no longer finite in epoch 2, step 5 of 5" in err[0]
     [folder] = logs.iterdir()
     for file in (folder / "models").iterdir():
@@ -179,10 +177,10 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("where", ["events", "curves", "metrics", "checkpoint"])
 def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch, where):
-    """In mid-run, just before one of the files is written; what was saved is whole."""
+    """In mid-run, just before one of the files is written; saved files are intact."""
     owner, name = {
-        "events": (run_logger.RunLogger, "step"),
-        "curves": (run_logger.RunLogger, "point"),
+        "events": (run_logger.RunLogger, "log_step"),
+        "curves": (run_logger.RunLogger, "add_scalar"),
         "metrics": (run_logger, "write_atomically"),
         "checkpoint": (checkpoint, "write_atomically"),
     }[where]
@@ -199,36 +197,35 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
         return original(*args, **options)
 
     monkeypatch.setattr(owner, name, fill_first)
-    status, _, err = run(capsys, data, "--epochs=3", "--lr=0.01", "-p=1")
+    status, _, err = run(capsys, logs, data, "--epochs=3", "--lr=0.01", "-p=1")
     assert status == 1 and len(err) == 1
-    assert re.fullmatch(r"error: cannot write \S+: No space left on device(; what was .*)?", err[0])
+    assert re.fullmatch(r"error: cannot write \S+: No space left on device(; .* intact)?", err[0])
     [last] = disk.glob(f"*/models/{checkpoint.LAST}")
     assert checkpoint.load(last)["epoch"] == 1
     (disk / "filler").unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(run_logger, "LOGS", disk)
     monkeypatch.setitem(registry.MODEL_REGISTRY, "torch_conv", Small)
-    assert run(capsys, data, "--epochs=3", "--lr=0.01", "--resume=auto")[0] == 0
+    assert run(capsys, logs, data, "--epochs=3", "--lr=0.01", "--resume=auto")[0] == 0
 
 
-def test_a_folder_name_that_is_too_long_is_one_line(capsys):
-    status, _, err = run(capsys, "x" * 5000)
+def test_a_folder_name_that_is_too_long_is_one_line(logs, capsys):
+    status, _, err = run(capsys, logs, "x" * 5000)
     assert status == 1 and len(err) == 1 and err[0].startswith("error: there is no folder xxx")
 
 
 def test_logs_that_cannot_be_written_are_one_line(data, disk, logs, capsys):
-    run(capsys, data, "--epochs=1", "--lr=0.01")
+    run(capsys, logs, data, "--epochs=1", "--lr=0.01")
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     before = sorted(disk.rglob("*"))
     for words in (["--epochs=1"], ["--epochs=2", "--resume=auto"]):
-        status, _, err = run(capsys, data, *words)
+        status, _, err = run(capsys, logs, data, *words)
         assert status == 1 and len(err) == 1
         assert re.match(r"error: cannot (make|write) .*: Read-only file system", err[0])
     assert sorted(disk.rglob("*")) == before
 
 
 def test_a_folder_that_becomes_read_only_in_mid_run(data, disk, logs, capsys, monkeypatch):
-    """Between two saves; what was saved is whole."""
+    """Between two saves; saved files are intact."""
     original = checkpoint.write_atomically
 
     def lock_first(path, *args, **options):
@@ -238,12 +235,12 @@ def test_a_folder_that_becomes_read_only_in_mid_run(data, disk, logs, capsys, mo
         return original(path, *args, **options)
 
     monkeypatch.setattr(checkpoint, "write_atomically", lock_first)
-    status, _, err = run(capsys, data, "--epochs=3", "--lr=0.01", "--save-every=2")
+    status, _, err = run(capsys, logs, data, "--epochs=3", "--lr=0.01", "--save-every=2")
     [models] = disk.glob("*/models")
     subprocess.run(["umount", str(models)], check=True)
     assert status == 1 and err == [
         f"error: cannot write {models / checkpoint.LAST}: Read-only file system; "
-        "what was there is intact"
+        "the old content is intact"
     ]
     assert checkpoint.load(models / checkpoint.LAST)["progress"]["position"] == 2
 
@@ -252,10 +249,12 @@ def test_a_folder_that_becomes_read_only_in_mid_run(data, disk, logs, capsys, mo
 def test_an_output_that_cannot_be_written_is_one_line(data, logs, capsys, monkeypatch):
     """As with `> logs/output.txt` on a full disk, or after `| head`."""
     monkeypatch.setattr(sys, "stdout", full := open("/dev/full", "w"))  # noqa: SIM115
-    status = main.main([str(data), "--epochs=1", "--gpu=-1", "-j=0", "-b=16", "--save-every=1"])
+    status = main.main(
+        [str(data), "--epochs=1", "--gpu=-1", "-j=0", "-b=16", "--save-every=1"], logs
+    )
     with contextlib.suppress(OSError):
         full.close()
-    told = "cannot write the output: {}; what was saved is whole\n".format
+    told = "cannot write the output: {}; saved files are intact\n".format
     assert status == 1 and capsys.readouterr().err == "error: " + told("No space left on device")
     ours, theirs = os.pipe()
     os.close(ours)
@@ -266,7 +265,7 @@ def test_an_output_that_cannot_be_written_is_one_line(data, logs, capsys, monkey
 
 def test_logs_that_are_a_file_are_one_line(data, logs, capsys):
     logs.write_text("")
-    status, _, err = run(capsys, data, "--epochs=1")
+    status, _, err = run(capsys, logs, data, "--epochs=1")
     assert status == 1 and re.match("error: cannot make the run folder .*: Not a directory", err[0])
 
 

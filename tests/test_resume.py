@@ -25,8 +25,8 @@ import student_code
 from deepvision import checkpoint
 from deepvision.models import registry
 from deepvision.models.scene_net import SceneNet
-from deepvision.runtime import event_file, run_logger
-from deepvision.training import engine
+from deepvision.runtime import atomic, event_file, run_logger
+from deepvision.training import trainer
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)
@@ -38,6 +38,12 @@ BUILDERS = {
     ),
     "vit": lambda n: student_code.SimpleViT(num_classes=n, embed_dim=32, depth=2, num_heads=2),
     "scene_net": lambda n: SceneNet(n, width=8, depths=(1, 1, 1), drop_path=0.3),
+}
+OWNERS = {
+    "checkpoint": checkpoint,
+    "file": atomic,
+    "trainer": trainer,
+    "logger": run_logger.RunLogger,
 }
 SERVER = multiprocessing.get_context("forkserver")
 COMMON = ["--gpu=-1", "-b=32", "--epochs=3", "--lr=0.02", "--warmup=1", "-p=1", "--save-every=1"]
@@ -68,11 +74,10 @@ def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> Non
     torch.set_num_threads(1)
     # what the run's own workers start by, elsewhere than in a forkserver's child
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
-    run_logger.LOGS = logs
     registry.MODEL_REGISTRY = BUILDERS
     if kill:
         module, name, count, *signals = kill
-        owner = {"os": os, "engine": engine, "book": run_logger.RunLogger}[module]
+        owner = OWNERS[module]
         original, calls = getattr(owner, name), iter(range(10**6))
 
         def call(*args, **options):
@@ -82,8 +87,7 @@ def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> Non
             return original(*args, **options)
 
         setattr(owner, name, call)
-    sys.argv = ["main.py", *words]
-    sys.exit(main.main(words))
+    sys.exit(main.main(words, logs))
 
 
 class Runs:
@@ -132,11 +136,11 @@ def whole(sample_root, tmp_path_factory):
 
 
 KILLS = {  # two steps an epoch, a save after each and one at its end, where the best is saved, too
-    "no worker": [("os", "fsync", 8), ("engine", "evaluate", 1), ("os", "link", 2)],
-    "2 workers": [("os", "replace", 6)],
-    "adversarial": [("book", "epoch", 1)],
-    "vit": [("book", "step", 3)],
-    "mean of weights": [("os", "fsync", 8), ("engine", "evaluate", 1)],
+    "no worker": [("checkpoint", "save", 4), ("trainer", "evaluate", 1), ("file", "_link", 2)],
+    "2 workers": [("file", "_sync_folder", 3)],
+    "adversarial": [("logger", "log_epoch", 1)],
+    "vit": [("logger", "log_step", 3)],
+    "mean of weights": [("checkpoint", "save", 4), ("trainer", "evaluate", 1)],
 }
 OTHERWISE = {  # how the last part is run, where not as the others; it changes no bit
     "no worker": ["-j=1", "--cache=ram"],
@@ -155,10 +159,64 @@ def test_a_killed_run_ends_as_if_nobody_had_touched_it(sample_root, tmp_path, wh
     assert final_state(runs.folders()[0]) == whole(variant)
 
 
+SETTINGS = {  # between them, every setting that changes the result
+    "standard": [
+        "--label-smoothing=0.1",
+        "--cutmix=0.5",
+        "--ema=0.4",
+        "--wd=0.01",
+        "--momentum=0.8",
+        "--seed=7",
+        "--amp=bf16",
+        "--deterministic",
+        "--cache=ram",
+    ],
+    "vit": ["--use-vit", "--clip-grad=0.01", "--wd=0.1"],
+    "adversarial": [
+        "--at=pgd",
+        "--at-eps=7",
+        "--pgd-prob=0.7",
+        "--pgd-steps=2",
+        "--pgd-blend=0.3",
+        "--best-by=robust",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_resume_alone_continues_the_same_experiment(sample_root, tmp_path, name):
+    """Batch size, epochs, learning rate, warmup and print frequency are not the defaults either."""
+    untouched, stopped = (
+        Runs(sample_root, tmp_path / part, ["-j=0", *SETTINGS[name]]) for part in ("a", "b")
+    )
+    for runs in (untouched, stopped):
+        runs.logs.parent.mkdir()
+    assert untouched.run() == 0, untouched.text()
+    assert stopped.run(kill=("trainer", "evaluate", 1, signal.SIGTERM)) == 143, stopped.text()
+    (folder,) = stopped.folders()
+    stopped.words = [str(sample_root), "--gpu=-1", "-j=0", f"--resume={folder}"]
+    assert stopped.run() == 0, stopped.text()
+    assert final_state(folder) == final_state(untouched.folders()[0])
+    history = json.loads((folder / "config.json").read_text())["history"]
+    assert [entry.get("changed") for entry in history] == [None, {}]
+
+
+def test_a_named_setting_is_changed_and_the_change_is_recorded(sample_root, tmp_path):
+    runs = Runs(sample_root, tmp_path, ["-j=0"])
+    assert runs.run(kill=("trainer", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
+    (folder,) = runs.folders()
+    runs.words = [str(sample_root), "--gpu=-1", "-j=0", f"--resume={folder}", "--lr=0.01"]
+    assert runs.run() == 0, runs.text()
+    assert "Changed for this run: lr from 0.02 to 0.01." in runs.text()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["arguments"]["lr"] == 0.01 and config["arguments"]["epochs"] == 3
+    assert config["history"][1]["changed"] == {"lr": [0.02, 0.01]}
+
+
 def test_a_request_to_stop_ends_the_validation(sample_root, tmp_path, whole):
     """At once, on machines that are taken away 30 seconds later; validation is then repeated."""
     runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
-    assert runs.run(kill=("engine", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
+    assert runs.run(kill=("trainer", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
     (folder,) = runs.folders()
     last = folder / "models" / checkpoint.LAST
     content = checkpoint.load(last)
@@ -176,7 +234,7 @@ def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
     sample_root, tmp_path, whole
 ):
     runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
-    assert runs.run("--resume=auto", kill=("os", "link", 2)) == -signal.SIGKILL
+    assert runs.run("--resume=auto", kill=("file", "_link", 2)) == -signal.SIGKILL
     [folder] = runs.folders()
     older = folder.with_name("torch_conv_exp_2000-01-01_00-00-00")
     evaluation = folder.with_name("evaluation_exp_2099-01-01_00-00-00")
@@ -190,7 +248,7 @@ def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
 
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     assert runs.run("--resume=auto") == 0
-    assert runs.text().endswith("This run has done 3 epochs: raise --epochs to go on.\n")
+    assert runs.text().endswith("This run has done 3 epochs: raise --epochs to train further.\n")
     assert before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
@@ -198,13 +256,13 @@ def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
 def test_two_processes_do_not_write_to_one_run(sample_root, tmp_path, whole):
     """The second is refused as long as the first one lives, even if that does nothing."""
     runs = Runs(sample_root, tmp_path, VARIANTS["2 workers"])
-    first = runs.start(kill=("book", "epoch", 1, signal.SIGSTOP))
+    first = runs.start(kill=("logger", "log_epoch", 1, signal.SIGSTOP))
     status = Path(f"/proc/{first.pid}/stat")
     while status.read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.05)
     before = final_state(runs.folders()[0])
     assert runs.run("--resume=auto") == 1
-    assert re.search(r"^error: another process writes to \S+: let it end", runs.text(), re.M)
+    assert re.search(r"^error: another process writes to \S+: wait for it", runs.text(), re.M)
     assert final_state(runs.folders()[0]) == before
     first.kill()  # its workers go on for some seconds
     first.join()
@@ -218,7 +276,7 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(sample_root, tmp_path)
     (folder / "models").mkdir(parents=True)
     assert runs.run("--resume=auto", "--epochs=1") == 0, runs.text()
     path = os.path.relpath(folder, CODE)
-    assert f"--resume=auto: {path} holds no checkpoint; starting afresh" in runs.text()
+    assert f"--resume=auto: {path} holds no checkpoint; starting a new run" in runs.text()
     assert len(runs.folders()) == 2 and len(list(folder.rglob("*"))) == 1
     assert runs.run("--resume=auto", "-e") == 0, runs.text()
     assert runs.run("--resume=auto", "-e", "--use-vit") == 1
@@ -227,7 +285,7 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(sample_root, tmp_path)
 
 def test_an_epoch_under_way_starts_over_in_another_order(sample_root, tmp_path):
     runs = Runs(sample_root, tmp_path, ["-j=0"])
-    assert runs.run(kill=("os", "link", 3)) == -signal.SIGKILL
+    assert runs.run(kill=("file", "_link", 3)) == -signal.SIGKILL
     assert runs.run("--resume=auto", "-b=16", "--seed=1") == 0, runs.text()
     line = (
         "Resuming: the file was saved in mid-epoch with other -b and --seed: epoch 2 starts over."
@@ -237,9 +295,9 @@ def test_an_epoch_under_way_starts_over_in_another_order(sample_root, tmp_path):
 
 def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
     runs = Runs(sample_root, tmp_path, VARIANTS["2 workers"])
-    twice = ("engine", "evaluate", 1, signal.SIGINT, signal.SIGINT)
+    twice = ("trainer", "evaluate", 1, signal.SIGINT, signal.SIGINT)
     assert runs.run(kill=twice) == 130, runs.text()
-    assert runs.text().endswith("Stopped at once; what was saved is whole.\n")
+    assert runs.text().endswith("Stopped at once; saved files are intact.\n")
     assert runs.run("--resume=auto") == 0, runs.text()
     assert final_state(runs.folders()[0]) == whole("2 workers")
 

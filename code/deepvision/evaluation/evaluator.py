@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks import diagnostics
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import EPSILONS, PGD, AutoAttack, InputScale, run_diagnostics
 from deepvision.config import RunConfig
 from deepvision.data.loader import fixed_subset_batch, validation_batches
-from deepvision.evaluation import pictures
+from deepvision.evaluation import pictures, sweep
+from deepvision.evaluation.robust_eval import evaluate_robustness
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.models import student
 from deepvision.runtime import distributed
@@ -31,6 +29,7 @@ from utils import relpath
 
 DIFFERENCE_FACTOR = 10
 CAPTIONED = 20  # images of a batch that get captions
+SUITE_IMAGES = 1000  # images that AutoAttack is run on, as on RobustBench
 PROBED = 100  # images that diagnostics and sweep are measured on
 
 
@@ -58,6 +57,8 @@ class Evaluator:
     def run(self) -> int:
         """Evaluate or attack; return the exit code 0."""
         action = self._evaluate if self.config.evaluate else self._attack
+        if self.config.attack_suite:
+            action = self._run_suite
         if not self.logs_events:
             action()
             return 0
@@ -97,6 +98,8 @@ class Evaluator:
 
     def _show_saliency(self, x: Tensor, y: Tensor, step: int) -> None:
         self.logger.add_image("Image/Image", student.image_grid(x), step)
+        if (attention := student.attention_grid(self.model, x.clone())) is not None:
+            self.logger.add_image("Image/Image_Atten", attention, step)
         x, y = x[:CAPTIONED].clone(), y[:CAPTIONED].tolist()  # inference tensors have no gradient
         maps, logits = saliency(self.model, x)
         predictions = pictures.format_predictions(logits, self.class_names)
@@ -135,7 +138,7 @@ class Evaluator:
                 self.timer,
                 after_batch,
             )
-        description = diagnostics.describe(attack) if attack else epsilon_of(default)
+        description = sweep.describe(attack) if attack else epsilon_of(default)
         title = f"Attacked images, {description}:" if description else "Attacked images:"
         self._conclude(
             self._diagnose(attack) if attack else {},
@@ -163,25 +166,46 @@ class Evaluator:
         ]
         self.logger.add_image("Image/Strips", pictures.grid(tiles, 6), step)
 
+    def _run_suite(self) -> None:
+        """Robust accuracy under AutoAttack's set; a stopped evaluation continues."""
+        config, images = self.config, self.config.attack_images or SUITE_IMAGES
+        x, y = self.context.to_device(*fixed_subset_batch(self.val_set, images))
+        norm = config.attack_norm or "linf"
+        epsilon = EPSILONS[norm] if config.attack_eps is None else config.attack_eps
+        version, scale = config.attack_suite, InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
+        suite = AutoAttack(norm=norm, epsilon=epsilon, version=version, pixels=scale)
+        name = f"autoattack_{version}_{norm}_{epsilon:g}_{len(y)}.json"
+        path = self.logger.run_dir / name
+        print(f"Results image by image, from which a stopped evaluation continues: {relpath(path)}")
+        result = evaluate_robustness(self.model.eval(), x, y, suite, path)
+        if config.vis:
+            x, y = x[:CAPTIONED], y[:CAPTIONED]
+            first = suite.stages(self.val_set.num_classes)[0].attack
+            self._show_attack(x, first.perturb(self.model, x, y), y, 0)
+        print(result.format_table(), result.summary(), sep="\n")
+        print(f"******Acc@1 {result.progress.accuracy:.3f}")
+        row = {"checkpoint": os.path.basename(config.resume), "suite": result.summary()}
+        row |= {"suite_top1": result.progress.accuracy, "suite_images": len(y)}
+        append_evaluation(self.logger.run_dir, row)
+
     def _diagnose(self, attack: PGD) -> dict:
         """Diagnostics, and with --sweep accuracy over eps and steps, on a few images."""
         x, y = self.context.to_device(*fixed_subset_batch(self.val_set, PROBED))
         print(f"Diagnostics of the attack ({len(y)} images; accuracies in per cent):")
         rows = []
-        for diagnostic in diagnostics.run_diagnostics(self.model, x, y, attack):
+        for diagnostic in run_diagnostics(self.model, x, y, attack):
             print(diagnostic.line(), flush=True)
-            rows.append(asdict(diagnostic))
-        found = {"attack": diagnostics.describe(attack), "probed": len(y), "lights": rows}
+            rows.append(diagnostic.record())
+        found = {"attack": sweep.describe(attack), "probed": len(y), "lights": rows}
         return found | ({"sweep": self._sweep(x, y, attack)} if self.config.sweep else {})
 
     def _sweep(self, x: Tensor, y: Tensor, attack: PGD) -> list[dict]:
         points = []
-        for epsilon, steps, accuracy in diagnostics.sweep(self.model, x, y, attack):
+        for epsilon, steps, accuracy in sweep.sweep(self.model, x, y, attack):
             points.append((epsilon, steps, accuracy))
-            for curve in [steps] if steps else diagnostics.STEPS:  # all start at the clean accuracy
-                tag, name = "robustness/top1_accuracy", f"{curve}_steps"
-                self.logger.add_curve_point(tag, name, accuracy, epsilon)
-        text = diagnostics.table(attack.norm, points, len(y))
+            for curve in [steps] if steps else sweep.STEPS:  # all start at the clean accuracy
+                self.logger.add_scalar(f"robustness/top1_{curve}_steps", accuracy, epsilon)
+        text = sweep.format_table(attack.norm, points, len(y))
         print(text)
         self.logger.add_text("robustness/sweep", text)
         write_atomically(self.logger.run_dir / "sweep.md", f"{text}\n".encode())
@@ -205,12 +229,13 @@ def attack_from_config(config: RunConfig) -> PGD | None:
         "step_size": config.attack_step_size,
         "goal": config.attack_goal,
         "restarts": config.attack_restarts,
+        "loss": config.attack_loss,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if not (given or config.attack_norm or config.attack_eps is not None or config.sweep):
         return None
     norm = config.attack_norm or "linf"
-    epsilon = diagnostics.EPSILONS[norm] if config.attack_eps is None else config.attack_eps
+    epsilon = EPSILONS[norm] if config.attack_eps is None else config.attack_eps
     scale = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
     return PGD(norm=norm, epsilon=epsilon, pixels=scale, **given)
 

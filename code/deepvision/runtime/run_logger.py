@@ -1,11 +1,19 @@
-"""The records of a run: TensorBoard events, config.json, metrics.jsonl."""
+"""The records of a run: TensorBoard events, config.json, metrics.jsonl.
+
+A run takes three of TensorBoard's runs, which unticks all runs beyond forty: the folder itself
+(loss, learning rate, best accuracy, images), train/ and val/, whose accuracies share charts with
+the best.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.summary_v2 import Metric
 from torch import Tensor
 
@@ -16,8 +24,11 @@ from deepvision.runtime.jsonl import read_metrics
 from deepvision.runtime.meters import Metrics
 from deepvision.runtime.run_dir import lock_run
 
+logging.getLogger("tensorboard").setLevel(logging.CRITICAL)  # it reports each purged point
+
 ACCURACIES = {"top1_accuracy": "acc1", "top5_accuracy": "acc5"}
-BEST = "data/top1_accuracy", "best"  # the curve of the best validation accuracy so far
+BEST = "data/top1_accuracy"  # in the folder itself: the best validation accuracy so far
+BY_ITERATION = ("data/training_loss", "data/learning_rate")
 # With network and at, the columns of TensorBoard's HParams
 HYPERPARAMETERS = ("epochs", "batch_size", "lr", "warmup", "wd")
 
@@ -40,11 +51,13 @@ class RunLogger:
         self.run_dir, self.purge_step, self.epochs_done = run_dir, step or None, epochs_done
         self.metrics_file = run_dir / "metrics.jsonl"
         self.rows: list[dict] = []
-        self.curves: dict[tuple[str, str], EventFile] = {}
+        self.parts: dict[str, EventFile] = {}
+        self.points: dict[str, dict[int, float]] = {}  # of single curves, by tag and step
         self.lock = self.events = None
 
     def __enter__(self) -> RunLogger:
         self.lock = lock_run(self.run_dir)
+        self.points = read_points(self.run_dir)
         self.events = EventFile(self.run_dir, self.purge_step)
         if self.purge_step:
             rows = read_metrics(self.metrics_file)
@@ -52,7 +65,7 @@ class RunLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self.events, *self.curves.values()):
+        for file in (self.events, *self.parts.values()):
             file.close()
         if self.lock:
             self.lock.close()
@@ -60,20 +73,19 @@ class RunLogger:
     def log_config(self, record: dict, hparams: dict) -> None:
         """Write config.json, and `hparams` to TensorBoard's HParams with the best accuracy."""
         write_atomically(self.run_dir / "config.json", json.dumps(record, indent=2).encode())
-        tag, name = BEST
-        best = Metric(tag, _curve_folder(tag, name), display_name="best top-1 accuracy")
+        best = Metric(BEST, display_name="best top-1 accuracy")
         self.events.hparams(hparams, best, self.run_dir.name)
 
     def log_step(self, iteration: int, loss: float, lr: float) -> None:
         """Record a batch's loss and learning rate."""
-        self.events.scalar("data/training_loss", loss, iteration)
-        self.events.scalar("data/learning_rate", lr, iteration)
+        for tag, value in zip(BY_ITERATION, (loss, lr), strict=True):
+            self.events.scalar(tag, value, iteration)
 
     def log_epoch(self, epoch: int, train: Metrics, val: Metrics, columns: dict) -> None:
         """Record a finished epoch, counted from 1; `columns` go to its row in metrics.jsonl."""
         for tag, attribute in ACCURACIES.items():
-            for name, metrics in (("train", train), ("val", val)):
-                self.add_curve_point(f"data/{tag}", name, getattr(metrics, attribute), epoch)
+            for part, metrics in (("train", train), ("val", val)):
+                self.add_curve_point(f"data/{tag}", part, getattr(metrics, attribute), epoch)
         self.rows.append(
             {
                 "epoch": epoch,
@@ -84,10 +96,9 @@ class RunLogger:
             }
         )
         if "robust_top1_accuracy" in columns:
-            robust = columns["robust_top1_accuracy"]
-            self.add_curve_point("data/top1_accuracy", "robust", robust, epoch)
+            self.add_scalar("data/robust_top1_accuracy", columns["robust_top1_accuracy"], epoch)
         best = max(row["val_top1_accuracy"] for row in self.rows)
-        self.add_curve_point(*BEST, best, epoch)
+        self.add_scalar(BEST, best, epoch)
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.metrics_file, text.encode())
 
@@ -95,12 +106,16 @@ class RunLogger:
         """Add an image (3, H, W) in [0, 1] to TensorBoard's Images."""
         self.events.image(tag, image, step)
 
-    def add_curve_point(self, tag: str, curve: str, value: float, x: int) -> None:
-        """Add a point to one of the curves of a chart, as SummaryWriter.add_scalars does."""
-        if (tag, curve) not in self.curves:
-            folder = self.run_dir / _curve_folder(tag, curve)
-            self.curves[tag, curve] = EventFile(folder, x)  # drops an older file's points from x on
-        self.curves[tag, curve].scalar(tag, value, x)
+    def add_scalar(self, tag: str, value: float, x: int) -> None:
+        """Add a point of a single curve, unless it is there: a killed run logs an epoch twice."""
+        if self.points.get(tag, {}).get(x) != np.float32(value):
+            self.events.scalar(tag, value, x)
+
+    def add_curve_point(self, tag: str, part: str, value: float, x: int) -> None:
+        """Add a point of one of the curves of a chart; `part` is its folder and its name."""
+        if part not in self.parts:  # the new file drops an older file's points from x on
+            self.parts[part] = EventFile(self.run_dir / part, x)
+        self.parts[part].scalar(tag, value, x)
 
     def add_text(self, tag: str, markdown: str) -> None:
         """Add Markdown to TensorBoard's Text."""
@@ -108,12 +123,17 @@ class RunLogger:
 
     def sync(self) -> None:
         """Sync all points to disk; a checkpoint written afterwards relies on them."""
-        for file in (self.events, *self.curves.values()):
+        for file in (self.events, *self.parts.values()):
             file.sync()
 
 
-def _curve_folder(tag: str, curve: str) -> str:
-    return f"{tag}/{curve}".replace("/", "_")
+def read_points(run_dir: Path) -> dict[str, dict[int, float]]:
+    """The curves by epoch or epsilon in the folder's own event files: {tag: {step: value}}."""
+    if not any(run_dir.glob("events.out.tfevents.*")):
+        return {}
+    events = EventAccumulator(str(run_dir), {"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in BY_ITERATION]
+    return {tag: {point.step: point.value for point in events.Scalars(tag)} for tag in tags}
 
 
 class NullLogger:
