@@ -35,7 +35,7 @@ MIN_SHRINK = 0.6  # a figure is drawn down to this share of its size to fit the 
 
 @dataclass
 class Text:
-    """A paragraph; style: "note" (small and grey), "warning" or "missing" (a box), "markdown"."""
+    """A paragraph; style: "note" (small and grey), "warning" or "missing" (a box)."""
 
     text: str
     style: str = ""
@@ -239,9 +239,8 @@ class Pages(FPDF):
     def text_block(self, block: Text) -> None:
         note, boxed = block.style == "note", block.style in ("warning", "missing")
         self.type(*((8, GREY) if note else (9.5, INK)))
-        markdown = block.style == "markdown"
         self.set_fill_color(*WARNING if boxed else (255,))
-        self.lines(4.3 if note else self.LINE, block.text, fill=boxed, markdown=markdown)
+        self.lines(4.3 if note else self.LINE, block.text, fill=boxed)
         self.ln(2)
 
     def table_block(self, block: Table) -> None:
