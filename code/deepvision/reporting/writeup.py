@@ -70,13 +70,12 @@ def training(
     archs: Sequence[str | None],
     name: str,
     flags: str,
-    rows: Sequence[str] = ACCURACY,
 ) -> list[Block]:
     """Curves, results and settings of the runs of these networks."""
     runs = inputs.of(*archs)
     if not runs:
         return [missing(f"No run of {name}.", f"python main.py ../data {flags}")]
-    blocks = [table_of(runs, {key: RESULTS[key] for key in (*rows, *SIZE)}), *settings(runs)]
+    blocks = [table_of(runs, {key: RESULTS[key] for key in (*ACCURACY, *SIZE)}), *settings(runs)]
     blocks.append(curves(inputs, runs, archs[0]))
     for run in runs:
         if run.evaluation("mirrored_top1") is None:
