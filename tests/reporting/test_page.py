@@ -68,6 +68,7 @@ def page(request, browser, page_file):
     size = {"width": width, "height": height}
     touch = request.param == "telephone"
     context = browser.new_context(viewport=size, has_touch=touch, offline=True)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.mistakes = []
     page.on("pageerror", lambda error: page.mistakes.append(str(error)))
