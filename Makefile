@@ -1,4 +1,4 @@
-# Everything from nothing; `make` says what there is. PYTHON=/path/to/python chooses the interpreter.
+# `make` lists the targets. PYTHON=/path/to/python selects the interpreter.
 
 PYTHON  ?= python3
 VENV     = .venv/bin
@@ -7,9 +7,9 @@ DEVICE   = --gpu=-1
 TRAINING = --epochs=16 --lr=0.05 --warmup=1 -b 32
 
 help:
-	@echo "make demo     install; draw sample data; train on it, evaluate, attack"
-	@echo "make test     install; check the style, run the tests"
-	@echo "make clean    delete what these two made; your runs in logs/ stay"
+	@echo "make demo     install; draw sample data; train, evaluate and attack on it"
+	@echo "make test     install; check the style; run the tests"
+	@echo "make clean    delete what demo and test install and draw; runs in logs/ stay"
 
 demo: .venv/demo.stamp
 	cd code && ../$(VENV)/python make_sample_data.py $(SAMPLE)
@@ -17,10 +17,10 @@ demo: .venv/demo.stamp
 	cd code && ../$(VENV)/python main.py $(SAMPLE) $(DEVICE) --resume=$(BEST) -e -v
 	cd code && ../$(VENV)/python main.py $(SAMPLE) $(DEVICE) --resume=$(BEST) -a -v
 	@echo
-	@echo "Now look at the curves and pictures, at http://localhost:6006 after this command:"
+	@echo "For the curves and images, run this command and open http://localhost:6006:"
 	@echo "    $(VENV)/tensorboard --logdir=`ls -td logs/*_exp_* | head -n 1`"
 
-# expanded by the shell, when a line of the recipe runs: the run just trained is the newest
+# The shell expands it when the command runs: the newest run is the one just trained
 BEST = "`ls -td ../logs/*_exp_* | head -n 1`/models/model_best.pth.tar"
 
 test: .venv/test.stamp
@@ -32,7 +32,7 @@ clean:
 	rm -rf .venv data/sample submission.zip .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# ---- The virtual environment: a stamp older than its requirements means install them again
+# ---- The virtual environment: requirements newer than a stamp are installed again
 
 .venv/demo.stamp: requirements.txt | .venv/made.stamp
 	$(VENV)/python -m pip install -q -r requirements.txt
@@ -42,15 +42,15 @@ clean:
 	$(VENV)/python -m pip install -q -r requirements-dev.txt
 	@touch $@ .venv/demo.stamp
 
-ELSE = choose another: make $(MAKECMDGOALS) PYTHON=/path/to/python
+ELSE = use another: make $(MAKECMDGOALS) PYTHON=/path/to/python
 
 .venv/made.stamp:
-	@$(PYTHON) -c "" 2>/dev/null || { echo "No $(PYTHON) here; $(ELSE)"; exit 1; }
+	@$(PYTHON) -c "" 2>/dev/null || { echo "$(PYTHON) is not installed; $(ELSE)"; exit 1; }
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 		{ echo "$(PYTHON) is older than Python 3.10; $(ELSE)"; exit 1; }
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make a venv: install python3-venv (apt), or $(ELSE)"; exit 1; }
-	@echo "Installing into .venv: minutes and gigabytes, once"
+	@echo "Installing into .venv: takes minutes and gigabytes, once"
 	@$(PYTHON) -m venv .venv
 	@touch $@
 

@@ -1,10 +1,10 @@
-"""Pack code/, writeup/ and results/ into submission.zip, ready to hand in.
+"""Pack code/, writeup/ and results/ into submission.zip.
 
     python zip_submission.py
 
-Data, logs, models, caches, hidden files and links out of the project stay out, each with a line
-saying so. Nothing is written when a required file is missing, or when Python code names a path
-that exists on one computer only. The same files always give the same bytes.
+Data, logs, models, caches, hidden files and links out of the project are left out; one line names
+each. No zip is written if a required file is missing, or if Python code contains a path that
+exists only on one computer. The same files always give the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 FOLDERS = ("code", "writeup", "results")
 REQUIRED = (
@@ -35,19 +36,19 @@ UNWANTED_FILES = {
 }
 TEXT = {".cfg", ".ini", ".ipynb", ".json", ".md", ".sh", ".tex", ".toml", ".txt", ".yaml", ".yml"}
 
-# a home directory, a mounted disk or a Windows drive; not the tail of an address or longer path
-OWN_PATH = re.compile(
+# Home directory, mounted disk or Windows drive; not the end of a URL or of a longer path
+LOCAL_PATH = re.compile(
     r"(?<![\w.:/-])/(?:home|Users|root|mnt|media|scratch|Volumes|kaggle|content/drive)/\w[^\s'\"]*"
     r"|(?<![\w\\])[A-Za-z]:[\\/]+\w[\w .-]*[\\/][^\s'\"]*"
 )
 
 
 class Refused(Exception):
-    """Why nothing was packed; each argument is one line."""
+    """The submission is not valid; each argument is one line of the message."""
 
 
 def collect(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """The files to pack, and what is left out with its reason, both by name inside the zip."""
+    """The files to pack, and the reasons for those left out, both by their name in the zip."""
     packed, left_out = {}, {}
     for top in FOLDERS:
         if (root / top).is_symlink():
@@ -60,6 +61,7 @@ def collect(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
 def collect_folder(
     root: Path, folder: Path, packed: dict[str, Path], left_out: dict[str, str]
 ) -> None:
+    """Add the contents of `folder`, recursively, to `packed` or `left_out`."""
     for path in folder.iterdir():
         name = path.relative_to(root).as_posix()
         if reason := unwanted(path, root):
@@ -71,18 +73,19 @@ def collect_folder(
 
 
 def unwanted(path: Path, root: Path) -> str | None:
-    """Why a file or folder stays out of the zip; None if it belongs in it."""
+    """The reason to leave a file or folder out; None if it is packed."""
     if not path.is_symlink():
         return unwanted_kind(path)
     target = path.resolve()
     if not target.is_file() or not any(target.is_relative_to(root / top) for top in FOLDERS):
         return "link to a folder, to nothing or out of the project"
-    # a link is packed as the file it leads to, if that one would be
+    # a link is packed as its target, if the target would be packed
     steps = [target, *target.parents][: len(target.relative_to(root).parts) - 1]
     return next((kind for step in [path, *steps] if (kind := unwanted_kind(step))), None)
 
 
 def unwanted_kind(path: Path) -> str | None:
+    """The reason that follows from the name and kind of a file or folder, links aside."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
@@ -96,12 +99,13 @@ def unwanted_kind(path: Path) -> str | None:
 
 
 def check_required(packed: dict[str, Path], left_out: dict[str, str]) -> list[str]:
+    """One error for each required file that is missing."""
     missing = [name for name in REQUIRED if name not in packed]
     return [f"{n} is missing" + (f" ({left_out[n]})" if n in left_out else "") for n in missing]
 
 
 def check_python(name: str, source: bytes) -> Iterator[str]:
-    """Complain of strings that hold a path of one's own computer; comments and docs may."""
+    """Errors for local paths in strings; comments and docstrings may contain them."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as e:
@@ -110,18 +114,23 @@ def check_python(name: str, source: bytes) -> Iterator[str]:
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
-            for match in OWN_PATH.finditer(node.value):
+            for match in LOCAL_PATH.finditer(node.value):
                 yield f"{name}:{node.lineno}: {match[0]} exists on your computer only"
 
 
 def check_text(name: str, text: str) -> Iterator[str]:
+    """Warnings for local paths in a text file."""
     for number, line in enumerate(text.splitlines(), 1):
-        for match in OWN_PATH.finditer(line):
+        for match in LOCAL_PATH.finditer(line):
             yield f"{name}:{number}: {match[0]} exists on your computer only"
 
 
 def check(packed: dict[str, Path], left_out: dict[str, str]) -> list[str]:
-    """Raise Refused if this should not be handed in; return warnings otherwise."""
+    """Check the files and return warnings.
+
+    Raises:
+        Refused: a required file is missing, or Python code is invalid or contains a local path.
+    """
     errors, warnings = check_required(packed, left_out), []
     for name, path in packed.items():
         if path.suffix == ".py":
@@ -136,16 +145,11 @@ def check(packed: dict[str, Path], left_out: dict[str, str]) -> list[str]:
 
 
 def write_zip(packed: dict[str, Path], target: Path) -> None:
-    """Write beside the target, then rename: an old zip stays until the new one is whole."""
+    """Write a temporary file, then rename it: an old zip stays until the new one is complete."""
     temporary = target.with_name(target.name + ".part")
     try:
         with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, path in packed.items():
-                    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-                    entry.compress_type = zipfile.ZIP_DEFLATED
-                    entry.create_system, entry.external_attr = 3, 0o644 << 16  # as on Unix
-                    archive.writestr(entry, path.read_bytes())
+            write_archive(packed, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -153,7 +157,23 @@ def write_zip(packed: dict[str, Path], target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_archive(packed: dict[str, Path], file: BinaryIO) -> None:
+    """Write the zip; dates and permissions do not depend on the computer."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in packed.items():
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.create_system, entry.external_attr = 3, 0o644 << 16  # Unix, rw-r--r--
+            archive.writestr(entry, path.read_bytes())
+
+
 def main(root: Path) -> None:
+    """Pack the project at `root`; print every file, every omission and every warning.
+
+    Raises:
+        Refused: the submission is not valid.
+        OSError, UnicodeError: a file cannot be read or written.
+    """
     packed, left_out = collect(root)
     warnings = check(packed, left_out)
     write_zip(packed, root / "submission.zip")

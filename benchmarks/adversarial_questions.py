@@ -1,66 +1,74 @@
-"""Does the network still learn? What students ask of adversarial training, as one table:
+"""Compare settings of adversarial training: with which of them does the network still learn?
 
     python benchmarks/adversarial_questions.py path/to/cifar10 [--images 8000] [--epochs 6]
 
-Trains SimpleNet from scratch once for each question, on 32 x 32 images, and writes a section of
-results/robustness.md: clean accuracy and accuracy under PGD-10, with 95 % intervals.
+Trains SimpleNet from scratch once per setting, on 32 x 32 images. Writes a section of
+results/robustness.md: clean accuracy and accuracy under PGD-10, with 95 % confidence intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from results_file import provenance, write_section
-from small_images import BATCH, PIXELS, load, train
-from trained import interval
+from results_file import origin, origin_line, write_section
+from small_images import BATCH, SCALE, load, train
+from trained import confidence_interval
 
-from deepvision.attacks.diagnostics import accuracy
-from deepvision.attacks.pgd import PGD
-from deepvision.training.objectives import AdversarialTraining, standard
+from deepvision.attacks import PGD, accuracy_under_attack
+from deepvision.runtime.provenance import command_line
+from deepvision.training.objectives import AdversarialTraining, Standard
 
-EPSILON = 4.0  # of 255
-TINY = 0.01 * 255 * sum(PIXELS.std) / 3  # 0.01 in the assignment's normalised units
-QUESTIONS = {  # what differs from the recipe: every batch, PGD-3, a clean quarter, ε full at 3/4
+EPSILON = 4.0  # 8-bit intensity levels
+SMALL = 0.01 * 255 * sum(SCALE.std) / 3  # 0.01 in the assignment's normalised units
+# Changes to the default: PGD-3 on every batch, epsilon warms up over the middle half of the run
+SETTINGS = {
     "no adversarial training": None,
-    "the recipe": {},
-    "full ε from the first step": {"ramp": (0, 1)},
+    "default": {},
+    "full ε from the first step": {"eps_warmup": (0, 1)},
     "num_steps = 0": {"steps": 0},
     "ε = 0": {"epsilon": 0.0},
-    "ε = 0.01 normalised": {"epsilon": TINY},
-    "5 % of the batches": {"prob": 0.05},
-    "50 % of the batches": {"prob": 0.5},
-    "half clean, half attacked pixels": {"blend": 0.5},
+    "ε = 0.01 normalised": {"epsilon": SMALL},
+    "5 % of the batches": {"attack_prob": 0.05},
+    "50 % of the batches": {"attack_prob": 0.5},
+    "mean of clean and attacked image": {"clean_mix": 0.5},
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    """Train and attack one network per setting; write the section after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path, help="holds train/CLASS/ and test/CLASS/")
+    parser.add_argument("data", type=Path, help="folder with train/CLASS/ and test/CLASS/")
     parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--epochs", type=int, default=6)
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
+    torch.manual_seed(0)
     train_set, (x, y) = load(args.data / "train", args.images), load(args.data / "test", 1000)
     steps = args.epochs * (args.images // BATCH)
-    recipe = {"epsilon": EPSILON, "pixels": PIXELS, "ramp": (steps // 4, 3 * steps // 4)}
-    attack = PGD(epsilon=EPSILON, pixels=PIXELS, early_stop=True)
+    default = {"epsilon": EPSILON, "scale": SCALE, "eps_warmup": (steps // 4, 3 * steps // 4)}
+    attack = PGD(epsilon=EPSILON, pixels=SCALE, early_stop=True)
     head = (
         f"SimpleNet from scratch on {args.images} images of 32 x 32 ({args.data.name}), "
-        f"{args.epochs} epochs, one run each; {len(y)} test images, 95 % intervals (Wilson); "
-        "chance 10 %."
+        f"{args.epochs} epochs, one run per setting; {len(y)} test images, 95 % intervals "
+        "(Wilson); chance 10 %."
     )
     lines = [head, "", "| training | clean | PGD-10, 4/255 |", "|---|---:|---:|"]
-    for name, change in QUESTIONS.items():
-        objective = standard if change is None else AdversarialTraining(**recipe | change)
+    source = origin_line(origin(command_line(argv)))
+    for name, change in SETTINGS.items():
+        objective = Standard() if change is None else AdversarialTraining(**default | change)
         model = train(objective, *train_set, args.epochs, seed=0)
-        found = (accuracy(model, images, y) for images in (x, attack.perturb(model, x, y)))
-        lines.append(f"| {name} | {' | '.join(map(interval(len(y)), found))} |")
+        accuracies = (
+            accuracy_under_attack(model, None, images, y)
+            for images in (x, attack.perturb(model, x, y))
+        )
+        lines.append(f"| {name} | {' | '.join(map(confidence_interval(len(y)), accuracies))} |")
         print(lines[-1], flush=True)
-        text = "\n".join([*lines, "", provenance()])  # after each row: all of them take a while
-        write_section("robustness.md", "Does the network still learn?", text)
+        text = "\n".join([*lines, "", source])
+        write_section("robustness.md", "Settings of adversarial training", text)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    main()
+    main(sys.argv)

@@ -1,11 +1,11 @@
-"""Our convolution beside torch's: time, memory, bytes saved for backward, error.
+"""Compare CustomConv2d with nn.Conv2d: time, memory, bytes saved for backward, error.
 
-    python benchmarks/conv.py              # the CPU, one thread and two: some minutes
+    python benchmarks/conv.py              # CPU, one and two threads: some minutes
     python benchmarks/conv.py --quick      # fewer rounds and shapes
-    python benchmarks/conv.py --gpu 0      # CUDA: float32, TF32 and bfloat16 at batch 256
+    python benchmarks/conv.py --gpu 0      # CUDA: float32, TF32 and bfloat16 at batch size 256
 
-The ways take turns within each round, and a ratio is the median of the rounds' ratios. On one
-CPU thread the time is CPU time, so that other work on the machine counts little. Writes
+The implementations alternate within each round; a ratio is the median of the rounds' ratios. On
+one CPU thread the time is CPU time, so that other work on the machine has little influence. Writes
 results/conv_benchmark.{json,md,png}, on CUDA results/conv_benchmark_cuda.{json,md,png}.
 """
 
@@ -13,34 +13,31 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import functools
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, write
+from results_file import RESULTS, origin
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "code"))
-
-from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, write  # noqa: E402
-from results_file import circumstances, processor  # noqa: E402
-
-from deepvision.training.engine import device_name  # noqa: E402
-from student_code import CustomConv2d, SimpleNet  # noqa: E402
+from deepvision.runtime.memory import release_freed_memory
+from deepvision.runtime.provenance import command_line
+from student_code import CustomConv2d, SimpleNet
 
 
 class UnfoldConv2d(nn.Conv2d):
-    """The usual answer: unfold the whole batch, multiply, and let autograd save the columns."""
+    """The usual solution: unfold the whole batch, multiply; autograd saves the columns."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C_i, H, W) -> (N, C_o, H', W')."""
         columns = F.unfold(x, self.kernel_size, padding=self.padding, stride=self.stride)
         y = self.weight.flatten(1) @ columns + self.bias[:, None]
         sides = [(s + 2 * self.padding[0] - self.kernel_size[0]) // self.stride[0] + 1
@@ -48,8 +45,8 @@ class UnfoldConv2d(nn.Conv2d):
         return y.view(len(x), -1, *sides)
 
 
-# name -> (the layer, memory format); each is compared with the first
-WAYS = {
+# name -> (layer, memory format); each is compared with the first
+IMPLEMENTATIONS = {
     TORCH: (nn.Conv2d, torch.contiguous_format),
     TORCH_LAST: (nn.Conv2d, torch.channels_last),
     UNFOLD: (UnfoldConv2d, torch.contiguous_format),
@@ -73,18 +70,19 @@ class Meter:
         self.device = device
 
     def seconds(self, call: Callable[[], object]) -> float:
+        """Wall time of the call; CPU time on one CPU thread."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         one_thread = self.device.type == "cpu" and torch.get_num_threads() == 1
-        clock = time.process_time if one_thread else time.perf_counter
-        start = clock()
+        now = time.process_time if one_thread else time.perf_counter
+        start = now()
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return clock() - start
+        return now() - start
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """What the call takes beyond what was there before; None where nothing tells (no Linux)."""
+        """Peak memory of the call above the memory in use before; None where unknown (no Linux)."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -93,20 +91,21 @@ class Meter:
         status = Path("/proc/self/status")
         if not status.exists():
             return None
-        ctypes.CDLL(None).malloc_trim(0)  # what Python freed is given back first
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident(status)["VmRSS"]
+        release_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+        before = resident_bytes(status)["VmRSS"]
         call()
-        return resident(status)["VmHWM"] - before
+        return resident_bytes(status)["VmHWM"] - before
 
 
-def resident(status: Path) -> dict[str, int]:
-    found = re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status.read_text(), re.MULTILINE)
-    return {name: int(kilobytes) * 1024 for name, kilobytes in found}
+def resident_bytes(status: Path) -> dict[str, int]:
+    """Resident memory (VmRSS) and its peak (VmHWM) from /proc/self/status."""
+    lines = re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status.read_text(), re.MULTILINE)
+    return {name: int(kilobytes) * 1024 for name, kilobytes in lines}
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
-    """The bytes that a forward pass keeps for backward."""
+    """The bytes that a forward pass saves for backward."""
     sizes: list[int] = []
 
     def pack(t: Tensor) -> Tensor:
@@ -119,69 +118,71 @@ def saved_bytes(forward: Callable[[], object]) -> int:
 
 
 def compare(meter: Meter, calls: dict[str, Callable], rounds: int, base: str) -> dict[str, dict]:
-    """One row a way: median milliseconds, and the median of its ratios to the base's rounds."""
+    """By name of the call: median milliseconds, and the median over rounds of its time / base's."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
-            spent = meter.seconds(call)
+            elapsed = meter.seconds(call)
             if i > 0:  # the first round is warm-up
-                seconds[name].append(spent)
+                seconds[name].append(elapsed)
     return {
         name: {
-            "ms": round(1e3 * statistics.median(spent), 3),
-            "ratio": ratio(spent, seconds[base]),
+            "ms": round(1e3 * statistics.median(elapsed), 3),
+            "ratio": median_ratio(elapsed, seconds[base]),
         }
-        for name, spent in seconds.items()
+        for name, elapsed in seconds.items()
     }
 
 
-def ratio(spent: list[float], base: list[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(spent, base, strict=True)), 3)
+def median_ratio(elapsed: list[float], base: list[float]) -> float:
+    """The median over rounds of elapsed / base."""
+    return round(statistics.median(a / b for a, b in zip(elapsed, base, strict=True)), 3)
 
 
 # ---------------------------------------------------------------------------------------------
-# What is measured
+# Measurements
 # ---------------------------------------------------------------------------------------------
 
 
-def outcome(layer: nn.Module, x: Tensor, G: Tensor) -> list[Tensor]:
-    """The output, and the gradients of the parameters and of x if it wants one."""
+def forward_backward(layer: nn.Module, x: Tensor, G: Tensor) -> list[Tensor]:
+    """The output, the gradients of the parameters, and that of x if x requires one."""
     y = layer(x)
-    wanting = [*layer.parameters(), *([x] if x.requires_grad else [])]
-    return [y, *torch.autograd.grad(y, wanting, G)]
+    inputs = [*layer.parameters(), *([x] if x.requires_grad else [])]
+    return [y, *torch.autograd.grad(y, inputs, G)]
 
 
 def measure_layer(meter: Meter, shape: tuple[int, ...], batch: int, rounds: int) -> dict:
-    """Forward and backward of one layer, all ways with the same weights and images."""
+    """Forward and backward of one layer, all implementations with the same weights and images."""
     C_i, C_o, K, S, P, H = shape
-    wants = shape != SIMPLENET[0]  # images want no gradient
+    input_grad = shape != SIMPLENET[0]  # the first layer's input is the images
     calls, forwards = {}, {}
-    for name, (kind, layout) in WAYS.items():
+    for name, (kind, layout) in IMPLEMENTATIONS.items():
         torch.manual_seed(0)
         layer = kind(C_i, C_o, K, S, P).to(meter.device, memory_format=layout)
         x = torch.randn(batch, C_i, H, H).to(meter.device, memory_format=layout)
         G = torch.randn(layer(x).shape).to(meter.device, memory_format=layout)
-        calls[name] = functools.partial(outcome, layer, x.requires_grad_(wants), G)
+        calls[name] = functools.partial(forward_backward, layer, x.requires_grad_(input_grad), G)
         forwards[name] = functools.partial(layer, x)
         if name == TORCH:
             double = copy.deepcopy(layer).double(), x.detach().double(), G.double()
-            exact = outcome(double[0], double[1].requires_grad_(wants), double[2])
+            exact = forward_backward(double[0], double[1].requires_grad_(input_grad), double[2])
     rows = compare(meter, calls, rounds, TORCH)
     for name, row in rows.items():
         row["saved_bytes"] = saved_bytes(forwards[name])
         row["error"] = max(map(relative_error, calls[name](), exact))
     names = ("C_i", "C_o", "K", "S", "P", "H")
-    return {"shape": dict(zip(names, shape, strict=True)), "N": batch, "ways": rows}
+    return {"shape": dict(zip(names, shape, strict=True)), "N": batch, "implementations": rows}
 
 
 def relative_error(a: Tensor, exact: Tensor) -> float:
-    """The largest error, relative to the largest number."""
+    """The largest absolute error, relative to the largest absolute value."""
     return ((a.double() - exact).abs().max() / exact.abs().max()).item()
 
 
 def networks(device: torch.device) -> dict[str, nn.Module]:
+    """SimpleNet on each implementation, all with the same weights."""
     nets = {}
-    for name, (kind, layout) in WAYS.items():
+    for name, (kind, layout) in IMPLEMENTATIONS.items():
         torch.manual_seed(0)
         nets[name] = SimpleNet(kind).to(device, memory_format=layout)
     return nets
@@ -189,10 +190,10 @@ def networks(device: torch.device) -> dict[str, nn.Module]:
 
 def measure_training(meter: Meter, batch: int, rounds: int, autocast: Callable) -> dict:
     """A training step of SimpleNet: forward, backward, SGD."""
-    images, labels = batch_of(batch, meter.device)
+    images, labels = random_batch(batch, meter.device)
     steps, forwards = {}, {}
     for name, net in networks(meter.device).items():
-        x = images.contiguous(memory_format=WAYS[name][1])
+        x = images.contiguous(memory_format=IMPLEMENTATIONS[name][1])
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
 
         def forward(net=net, x=x) -> Tensor:
@@ -213,8 +214,8 @@ def measure_training(meter: Meter, batch: int, rounds: int, autocast: Callable) 
 
 
 def measure_attack(meter: Meter, batch: int, rounds: int, autocast: Callable) -> dict:
-    """The gradient of one PGD step: into the image alone, or the course's way into everything."""
-    images, labels = batch_of(batch, meter.device)
+    """The gradient of one PGD step: of the images only, or of the weights too (the baseline)."""
+    images, labels = random_batch(batch, meter.device)
 
     def step(net: nn.Module, frozen: bool, x: Tensor) -> None:
         x = x.detach().requires_grad_()
@@ -226,21 +227,22 @@ def measure_attack(meter: Meter, batch: int, rounds: int, autocast: Callable) ->
     for name in (TORCH, TORCH_LAST, OURS):
         frozen = name != TORCH
         nets[name].requires_grad_(not frozen)
-        x = images.contiguous(memory_format=WAYS[name][1])
+        x = images.contiguous(memory_format=IMPLEMENTATIONS[name][1])
         calls[f"{name}, frozen" if frozen else COURSE] = functools.partial(
             step, nets[name], frozen, x
         )
     return compare(meter, calls, rounds, COURSE)
 
 
-def batch_of(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_batch(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Gaussian images (N, 3, 128, 128) and labels (N,)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 128, 128, generator=generator)
     return images.to(device), torch.randint(100, (batch,), generator=generator).to(device)
 
 
 def settings(device: torch.device, threads: list[int]) -> Iterator[tuple[str, Callable]]:
-    """Threads on the CPU, precisions on CUDA: set each, yield its title and its autocast."""
+    """Set each number of threads (CPU) or precision (CUDA); yield its title and autocast."""
     if device.type == "cpu":
         for n in threads:
             torch.set_num_threads(n)
@@ -255,36 +257,37 @@ def settings(device: torch.device, threads: list[int]) -> Iterator[tuple[str, Ca
 
 
 def measure(device: torch.device, batch: int, args: argparse.Namespace) -> dict:
+    """The results by title of the setting, and those of single layers."""
     meter, result = Meter(device), {"training": {}, "attack": {}, "layers": []}
     rounds = 2 if args.quick else args.rounds
     for title, autocast in settings(device, args.threads):
         if not result["layers"]:
             shapes = [(shape, batch) for shape in SIMPLENET]
             shapes += [(shape, batch // 4) for shape in SWEEP if not args.quick]
-            result["layers"] = [measure_layer(meter, *each, rounds) for each in shapes]
+            result["layers"] = [measure_layer(meter, shape, n, rounds) for shape, n in shapes]
         title = f"batch {batch}, {title}"
         result["training"][title] = measure_training(meter, batch, rounds, autocast)
         result["attack"][title] = measure_attack(meter, batch, rounds, autocast)
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure our convolution beside torch's.")
+def main(argv: Sequence[str]) -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 = CPU")
-    parser.add_argument("--batch", type=int, help="images a step (64 on the CPU, 256 on CUDA)")
+    parser.add_argument("--batch", type=int, help="images per step (CPU: 64, CUDA: 256)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two rounds, SimpleNet's layers only")
-    args = parser.parse_args()
+    args = parser.parse_args(argv[1:])
     device = torch.device("cpu" if args.gpu < 0 else f"cuda:{args.gpu}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    batch = args.batch or (64 if device.type == "cpu" else 256)
     cuda = device.type == "cuda"
-    result = circumstances(device_name(device) if cuda else processor())
-    result |= measure(device, batch, args)
-    write(result, ROOT / "results" / f"conv_benchmark{'_cuda' * cuda}")
+    if cuda:
+        torch.cuda.set_device(device)
+    result = origin(command_line(argv), str(device))
+    result |= measure(device, args.batch or (256 if cuda else 64), args)
+    write(result, RESULTS / f"conv_benchmark{'_cuda' * cuda}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

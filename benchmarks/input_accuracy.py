@@ -1,65 +1,64 @@
-"""Does a network learn as well from images augmented in one step as from those done step by step?
+"""Compare the accuracy of networks trained with fused and with step-by-step augmentation.
 
     python benchmarks/input_accuracy.py path/to/miniplaces10 [--epochs 8] [--seeds 2]
 
-Trains SimpleNet by main.py on both of Compose's paths, for as many epochs and from the same seeds.
-Writes results/input_accuracy.md.
+Trains SimpleNet by main.py with both paths of `Compose`, from the same seeds. Writes
+results/input_accuracy.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from results_file import ROOT, provenance
+from results_file import RESULTS, origin, origin_line
 
-sys.path.insert(0, str(ROOT / "code"))
-
-import custom_transforms  # noqa: E402
-import main  # noqa: E402
-from deepvision.runtime import run_logger  # noqa: E402
+import custom_transforms
+import main as driver
+from deepvision.runtime.jsonl import read_metrics
+from deepvision.runtime.provenance import command_line
 
 PATHS = {"fused": custom_transforms.FUSED, "step by step": {}}
 LAST = 3  # epochs whose mean is a run's accuracy
 
 
 def train(path: str, seed: int, args: argparse.Namespace) -> list[float]:
-    """Top-1 on the validation images after each epoch, in per cent."""
-    custom_transforms.FUSED = PATHS[path]  # the workers are forked: they see it, too
-    words = [str(args.data), f"--epochs={args.epochs}", f"--seed={seed}", "-b=64", "--gpu=-1"]
-    with tempfile.TemporaryDirectory() as folder:
-        run_logger.LOGS = Path(folder)
-        if code := main.main([*words, "-j=1", "--warmup=1", "--amp=bf16", "-p=50"]):
+    """Top-1 accuracy on the validation images after each epoch, in per cent."""
+    custom_transforms.FUSED = PATHS[path]  # forked workers inherit it
+    flags = [str(args.data), f"--epochs={args.epochs}", f"--seed={seed}", "-b=64", "--gpu=-1"]
+    flags += ["-j=1", "--warmup=1", "--amp=bf16", "-p=50"]
+    with tempfile.TemporaryDirectory() as logs:
+        if code := driver.main(flags, logs=Path(logs)):
             sys.exit(code)
-        (metrics,) = Path(folder).glob("*/metrics.jsonl")
-        return [json.loads(line)["val_top1_accuracy"] for line in metrics.open()]
+        (metrics,) = Path(logs).glob("*/metrics.jsonl")
+        return [row["val_top1_accuracy"] for row in read_metrics(metrics)]
 
 
-def benchmark() -> None:
+def main(argv: Sequence[str]) -> None:
+    """Train all runs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=2)
-    args = parser.parse_args()
-    made = provenance()
+    args = parser.parse_args(argv[1:])
+    source = origin_line(origin(command_line(argv)))
     lines = [
-        "| augmentation | seed | after each epoch | mean of the last 3 |",
+        f"| augmentation | seed | after each epoch | mean of the last {LAST} |",
         "|---|---:|---|---:|",
     ]
     for seed in range(args.seeds):
         for path in PATHS:
             top1 = train(path, seed, args)
-            every = " ".join(f"{value:.1f}" for value in top1)
-            lines.append(f"| {path} | {seed} | {every} | {statistics.mean(top1[-LAST:]):.1f} |")
+            epochs = " ".join(f"{value:.1f}" for value in top1)
+            lines.append(f"| {path} | {seed} | {epochs} | {statistics.mean(top1[-LAST:]):.1f} |")
             print(lines[-1], flush=True)
-    text = f"# Accuracy of both input paths\n\n{made} SimpleNet, top-1 in per cent.\n\n"
-    target = ROOT / "results" / "input_accuracy.md"
-    target.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    head = f"# Accuracy of both input paths\n\n{source} SimpleNet, top-1 in per cent.\n\n"
+    (RESULTS / "input_accuracy.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    benchmark()
+    main(sys.argv)

@@ -1,6 +1,6 @@
-"""Seeded ways to spoil files: bytes, label files, images, checkpoints.
+"""Seeded corruption of files: bytes, label files, images, checkpoints.
 
-Every function takes a `random.Random`, so that a case is found again by its number.
+Every function takes a `random.Random`, so that each case can be repeated from its seed.
 """
 
 from __future__ import annotations
@@ -22,44 +22,49 @@ import torch
 
 
 def cut(rng: random.Random, data: bytes) -> bytes:
+    """Truncate at a random position."""
     return data[: rng.randrange(len(data) + 1)]
 
 
 def flip(rng: random.Random, data: bytes) -> bytes:
-    spoilt = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 8, 64]) if spoilt else 0):
-        spoilt[rng.randrange(len(spoilt))] ^= 1 << rng.randrange(8)
-    return bytes(spoilt)
+    """Flip 1 to 64 random bits."""
+    corrupted = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8, 64]) if corrupted else 0):
+        corrupted[rng.randrange(len(corrupted))] ^= 1 << rng.randrange(8)
+    return bytes(corrupted)
 
 
 def overwrite(rng: random.Random, data: bytes) -> bytes:
-    """A stretch of zeros, of 0xFF, or of noise."""
+    """Overwrite up to 199 bytes by zeros, 0xFF or noise."""
     start, length = rng.randrange(len(data) + 1), rng.randrange(1, 200)
     filling = rng.choice([bytes(length), b"\xff" * length, rng.randbytes(length)])
     return data[:start] + filling + data[start + length :]
 
 
 def insert(rng: random.Random, data: bytes) -> bytes:
+    """Insert up to 49 random bytes."""
     start = rng.randrange(len(data) + 1)
     return data[:start] + rng.randbytes(rng.randrange(1, 50)) + data[start:]
 
 
 def repeat(rng: random.Random, data: bytes) -> bytes:
+    """Repeat a random range."""
     start, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     return data[:end] + data[start:]
 
 
-def spoil_header(rng: random.Random, data: bytes) -> bytes:
-    """Where formats keep sizes and kinds."""
-    at = rng.randrange(min(len(data), 64) + 1)
+def corrupt_header(rng: random.Random, data: bytes) -> bytes:
+    """Overwrite within the first 64 bytes, where formats store sizes and types."""
+    start = rng.randrange(min(len(data), 64) + 1)
     size = rng.choice([b"\0", b"\xff", b"\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0"])
-    return data[:at] + size + data[at + len(size) :]
+    return data[:start] + size + data[start + len(size) :]
 
 
-BYTES = [cut, flip, overwrite, insert, repeat, spoil_header]
+BYTES = [cut, flip, overwrite, insert, repeat, corrupt_header]
 
 
-def spoil_bytes(rng: random.Random, data: bytes) -> bytes:
+def corrupt_bytes(rng: random.Random, data: bytes) -> bytes:
+    """Apply one to four random corruptions."""
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         data = rng.choice(BYTES)(rng, data)
     return data
@@ -76,18 +81,18 @@ WORDS = [
 ]
 
 
-def spoil_labels(rng: random.Random, text: str) -> bytes:
-    """Lines that are dropped, doubled, swapped, or have words and letters spoilt in them."""
+def corrupt_labels(rng: random.Random, text: str) -> bytes:
+    """Replace, duplicate or truncate lines, or insert odd words into them; sometimes bytes too."""
     lines = text.split("\n")
     for _ in range(rng.choice([1, 1, 2, 5])):
-        at = rng.randrange(len(lines))
-        line, spot = lines[at], rng.randrange(len(lines[at]) + 1)
+        number = rng.randrange(len(lines))
+        line, start = lines[number], rng.randrange(len(lines[number]) + 1)
         word = rng.choice(WORDS)
-        lines[at] = rng.choice(
+        lines[number] = rng.choice(
             [
-                line[:spot] + word + line[spot:],
-                line[:spot] + word + line[spot + len(word) :],
-                line[:spot],
+                line[:start] + word + line[start:],
+                line[:start] + word + line[start + len(word) :],
+                line[:start],
                 word,
                 f"{word} {line.split(' ')[-1]}",
                 f"{line.split(' ')[0]} {word}",
@@ -97,7 +102,7 @@ def spoil_labels(rng: random.Random, text: str) -> bytes:
         )
     data = rng.choice(["\n", "\n", "\r\n", "\r"]).join(lines).encode("utf-8", "surrogatepass")
     data = rng.choice([b"", b"", b"\xef\xbb\xbf", b"\xff\xfe"]) + data
-    return spoil_bytes(rng, data) if rng.random() < 0.3 else data
+    return corrupt_bytes(rng, data) if rng.random() < 0.3 else data
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,7 +111,7 @@ def spoil_labels(rng: random.Random, text: str) -> bytes:
 
 
 def images() -> list[bytes]:
-    """Whole images of many formats."""
+    """Intact images in many formats."""
     color = cv2.GaussianBlur(
         np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8), (5, 5), 0
     )
@@ -136,16 +141,18 @@ def images() -> list[bytes]:
 
 
 class Trap:
-    """Runs `function(*arguments)` in whoever unpickles it."""
+    """An object that runs `function(*arguments)` when it is unpickled."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
         self.call = function, arguments
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
+        """The call that pickle stores."""
         return self.call
 
 
 def odd_values(rng: random.Random) -> list:
+    """Values that do not belong in a checkpoint."""
     return [
         *(None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "text", b"x", [], {}),
         *([1, [2]], {"a": 1}, {1: {}}, (1, 2), {1, 2}),
@@ -159,44 +166,45 @@ def odd_values(rng: random.Random) -> list:
     ]
 
 
-def spoil_content(rng: random.Random, content: dict) -> dict:
-    """A copy with one entry, at any depth, dropped, renamed or replaced by something odd."""
-    spoilt = dict(content)
-    key = rng.choice(list(spoilt))
-    inner = spoilt[key]
-    if isinstance(inner, dict) and inner and rng.random() < 0.8:
-        spoilt[key] = spoil_content(rng, inner)
-        return spoilt
-    way = rng.randrange(4)
-    if way == 0:
-        del spoilt[key]
-    elif way == 1:
-        spoilt[rng.choice([f"module.{key}", f"{key}x", 5, None, ""])] = spoilt.pop(key)
-    elif way == 2 and isinstance(inner, torch.Tensor) and inner.is_floating_point():
-        spoilt[key] = inner * rng.choice([float("nan"), float("inf"), 1e30])
+def corrupt_entry(rng: random.Random, ckpt: dict) -> dict:
+    """A copy with one entry, at any depth, dropped, renamed or replaced by an odd value."""
+    corrupted = dict(ckpt)
+    key = rng.choice(list(corrupted))
+    value = corrupted[key]
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        corrupted[key] = corrupt_entry(rng, value)
+        return corrupted
+    kind = rng.randrange(4)
+    if kind == 0:
+        del corrupted[key]
+    elif kind == 1:
+        corrupted[rng.choice([f"module.{key}", f"{key}x", 5, None, ""])] = corrupted.pop(key)
+    elif kind == 2 and isinstance(value, torch.Tensor) and value.is_floating_point():
+        corrupted[key] = value * rng.choice([float("nan"), float("inf"), 1e30])
     else:
-        spoilt[key] = rng.choice(odd_values(rng))
-    return spoilt
+        corrupted[key] = rng.choice(odd_values(rng))
+    return corrupted
 
 
-def spoil_checkpoint(rng: random.Random, content: dict, canary: str) -> bytes:
-    """Spoilt content, spoilt bytes, or a pickle that would create the folder `canary`."""
-    way = rng.random()
-    if way < 0.6:
+def corrupt_checkpoint(rng: random.Random, ckpt: dict, canary: str) -> bytes:
+    """Corrupted entries, corrupted bytes, or a pickle that would create the folder `canary`."""
+    kind = rng.random()
+    if kind < 0.6:
         for _ in range(rng.choice([1, 1, 2, 3])):
-            content = spoil_content(rng, content) or content
-    elif way < 0.7:
-        content = {**content, rng.choice(list(content)): Trap(*trap(rng, canary))}
+            ckpt = corrupt_entry(rng, ckpt) or ckpt
+    elif kind < 0.7:
+        ckpt = {**ckpt, rng.choice(list(ckpt)): Trap(*trap(rng, canary))}
     buffer = io.BytesIO()
     if rng.random() < 0.05:
-        pickle.dump(content, buffer)
+        pickle.dump(ckpt, buffer)
     else:
-        torch.save(content, buffer, _use_new_zipfile_serialization=rng.random() < 0.8)
+        torch.save(ckpt, buffer, _use_new_zipfile_serialization=rng.random() < 0.8)
     data = buffer.getvalue()
-    return spoil_bytes(rng, data) if way >= 0.7 else data
+    return corrupt_bytes(rng, data) if kind >= 0.7 else data
 
 
 def trap(rng: random.Random, canary: str) -> tuple:
+    """A call that creates the folder `canary`: (function, *arguments)."""
     return rng.choice(
         [
             (os.mkdir, canary),

@@ -1,12 +1,12 @@
-"""SceneNet beside other networks, and SceneNet without one of its ingredients, on the CPU:
+"""Compare SceneNet with other networks, and measure its ingredients by ablation, on the CPU.
 
-    python benchmarks/scene_net.py DATA                    # all runs, hours; stop it as you like
-    python benchmarks/scene_net.py DATA --table            # the tables of what has been run
+    python benchmarks/scene_net.py DATA                    # all runs, hours; can be interrupted
+    python benchmarks/scene_net.py DATA --table            # the tables of the runs so far
 
-Each run is main.py's, on a part of DATA's training images; 100 more of each category are held out
-and judged together with the validation images (miniplaces100 has none to spare: --held-out 0).
-Finished runs are kept in results/scene_net.json, and only the others are made;
-results/scene_net.{md,png} tell what they are worth.
+Each run trains by main.py on a part of DATA's training images; 100 more images per category are
+held out and evaluated together with the validation images (miniplaces100 has too few:
+--held-out 0). results/scene_net.json records finished runs, which are not repeated. Writes
+results/scene_net.md and a figure.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,26 +25,25 @@ from unittest import mock
 
 import numpy as np
 import torch
+from results_file import RESULTS, ROOT
+from scene_net_table import HALF, write_tables
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "code"))
+import main as driver
+from custom_blocks import DropPath
+from custom_dataloader import MiniPlacesLoader, count_classes
+from deepvision import checkpoint
+from deepvision.data.loader import validation_batches
+from deepvision.models import registry, student
+from deepvision.models.registry import create_model
+from deepvision.models.scene_net import Block, SceneNet, conv_bn
+from deepvision.runtime.provenance import command_line, commit
+from deepvision.training import optim
+from student_code import SimpleNet
 
-from scene_net_table import HALF, write_tables  # noqa: E402
-
-import main  # noqa: E402
-from custom_blocks import DropPath  # noqa: E402
-from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
-from deepvision import checkpoint  # noqa: E402
-from deepvision.data.loader import validation_batches  # noqa: E402
-from deepvision.models import registry  # noqa: E402
-from deepvision.models.scene_net import Block, SceneNet, conv_bn  # noqa: E402
-from deepvision.runtime import run_logger  # noqa: E402
-from deepvision.training import optim  # noqa: E402
-from student_code import SimpleNet, get_val_transforms  # noqa: E402
-
-RECORD = ROOT / "results" / "scene_net.json"
+RECORD = RESULTS / "scene_net.json"
 WORK = ROOT / "logs" / "scene_net_benchmark"
+LOGS = WORK / "runs"
 OTHERS = ("SimpleNet", "SimpleNet with BatchNorm", "ResNet-18")
 SHARED = ["--gpu=-1", "-j=0", "--amp=bf16", "--cache=ram", "-b=32", "--lr=0.05", "--warmup=1"]
 SHARED += ["--print-freq=1000"]
@@ -55,15 +54,19 @@ SHARED += ["--print-freq=1000"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A network and how it is trained; `kind` decides whose recipe it follows."""
+    """A network and its training; the defaults of `kind` apply.
 
-    build: Callable[[int], nn.Module]
+    groups: makes the optimizer's parameter groups of a network.
+    """
+
+    create: Callable[[int], nn.Module]
     flags: tuple[str, ...] = ()
     kind: str = "scene_net"
     groups: Callable[[nn.Module], Iterable] = optim.weight_decay_groups
 
 
 def with_batch_norm(classes: int) -> nn.Module:
+    """SimpleNet with batch normalisation after each convolution."""
     net = SimpleNet(num_classes=classes)
     layers = []
     for layer in net.features:
@@ -74,50 +77,48 @@ def with_batch_norm(classes: int) -> nn.Module:
     return net
 
 
-def resnet18(classes: int) -> nn.Module:
-    from torchvision.models import resnet18
-
-    return resnet18(num_classes=classes)
-
-
 def half(classes: int) -> SceneNet:
+    """SceneNet of half the width."""
     return SceneNet(classes, width=32)
 
 
 def without(change: Callable[[nn.Module], None]) -> Callable[[int], SceneNet]:
-    """SceneNet of half the width, each of its modules changed."""
+    """A builder of SceneNet of half the width with `change` applied to each module."""
 
-    def build(classes: int) -> SceneNet:
+    def create(classes: int) -> SceneNet:
         net = half(classes)
         for module in list(net.modules()):
             change(module)
         return net
 
-    return build
+    return create
 
 
-def no_excitation(module: nn.Module) -> None:
+def remove_se(module: nn.Module) -> None:
+    """Remove a block's squeeze-and-excitation."""
     if isinstance(module, Block):
         module.excitation = nn.Identity()
 
 
-def no_drop_path(module: nn.Module) -> None:
+def disable_drop_path(module: nn.Module) -> None:
+    """Turn stochastic depth off."""
     if isinstance(module, DropPath):
         module.drop_prob = 0.0
 
 
-def no_zero_start(module: nn.Module) -> None:
+def init_branch_at_one(module: nn.Module) -> None:
+    """Undo the zero initialisation of a block's last batch normalisation."""
     if isinstance(module, Block):
         nn.init.ones_(module.branch[-1].weight)
 
 
 def strided(classes: int) -> SceneNet:
-    """Each pooling left out, and a step of 2 in the convolutions behind it."""
+    """SceneNet of half the width with strided convolutions in place of max pooling."""
     net = half(classes)
     for i, layer in enumerate(net.features):
         if isinstance(layer, nn.MaxPool2d):
             block, net.features[i] = net.features[i + 1], nn.Identity()
-            if isinstance(block.shortcut, nn.Identity):  # the first stage's
+            if isinstance(block.shortcut, nn.Identity):  # in the first stage
                 block.shortcut = nn.Sequential(*conv_bn(32, 32, kernel=1))
             block.branch[0].stride = block.shortcut[0].stride = (2, 2)
     return net
@@ -126,18 +127,18 @@ def strided(classes: int) -> SceneNet:
 COMPARED = {
     "SimpleNet": Variant(lambda n: SimpleNet(num_classes=n), kind="torch_conv"),
     "SimpleNet with BatchNorm": Variant(with_batch_norm, kind="torch_conv"),
-    "ResNet-18": Variant(resnet18, kind="torch_conv"),
+    "ResNet-18": Variant(lambda n: create_model("resnet18", n), kind="torch_conv"),
     HALF: Variant(half),
     "SceneNet": Variant(SceneNet),
 }
-ABLATIONS = {  # what HALF is to do without
+ABLATIONS = {  # ingredient -> HALF without it; the names are keys of scene_net.json
     "max pooling": Variant(strided),
     "stochastic depth, label smoothing, CutMix": Variant(
-        without(no_drop_path), ("--label-smoothing=0", "--cutmix=0")
+        without(disable_drop_path), ("--label-smoothing=0", "--cutmix=0")
     ),
-    "squeeze-and-excitation": Variant(without(no_excitation)),
-    "stochastic depth": Variant(without(no_drop_path)),
-    "branches that start at zero": Variant(without(no_zero_start)),
+    "squeeze-and-excitation": Variant(without(remove_se)),
+    "stochastic depth": Variant(without(disable_drop_path)),
+    "branches that start at zero": Variant(without(init_branch_at_one)),
     "label smoothing": Variant(half, ("--label-smoothing=0",)),
     "CutMix": Variant(half, ("--cutmix=0",)),
     "norms and biases without decay": Variant(half, groups=nn.Module.parameters),
@@ -149,7 +150,13 @@ ABLATIONS = {  # what HALF is to do without
 
 @dataclass(frozen=True)
 class Run:
-    part: str  # "equal epochs", "equal time" or "ablation"
+    """A training run; the fields are keys of scene_net.json.
+
+    part: "equal epochs", "equal time" or "ablation"
+    images: training images per category
+    """
+
+    part: str
     name: str
     data: str
     images: int
@@ -158,38 +165,43 @@ class Run:
 
 
 def planned(args: argparse.Namespace, rows: list[dict]) -> Iterator[Run]:
-    """All runs, the most telling first; `equal time` follows from what the first ones took."""
-
+    """All runs, seed by seed. The epochs of `equal time` follow from the first runs in `rows`."""
     for seed in range(args.seeds):
+        common = {"data": args.data.name, "images": args.images, "seed": seed}
+        for name in COMPARED:
+            yield Run("equal epochs", name, epochs=args.epochs, **common)
+        for name in ABLATIONS:
+            yield Run("ablation", name, epochs=args.epochs, **common)
+        for name, epochs in equal_time(args, rows):
+            yield Run("equal time", name, epochs=epochs, **common)
 
-        def run(part: str, name: str, epochs: int = args.epochs, seed: int = seed) -> Run:
-            return Run(part, name, args.data.name, args.images, epochs, seed)
 
-        yield from (run("equal epochs", name) for name in COMPARED)
-        yield from (run("ablation", name) for name in ABLATIONS)
-        like = asdict(run("equal epochs", "", seed=0)).items() - {("name", "")}
-        cost = {r["name"]: r["cpu_seconds"] for r in rows if r.items() >= like}
-        for name in OTHERS:
-            if {name, HALF} <= cost.keys():
-                epochs = max(1, round(args.epochs * cost[HALF] / cost[name]))
-                if epochs != args.epochs:  # else its run at equal epochs is that in equal time, too
-                    yield run("equal time", name, epochs)
+def equal_time(args: argparse.Namespace, rows: list[dict]) -> Iterator[tuple[str, int]]:
+    """Networks, and the epochs that take as long as HALF's, where these are not args.epochs."""
+    first = {"part": "equal epochs", "data": args.data.name, "images": args.images}
+    first |= {"epochs": args.epochs, "seed": 0}
+    seconds = {row["name"]: row["cpu_seconds"] for row in rows if row.items() >= first.items()}
+    for name in OTHERS:
+        if {name, HALF} <= seconds.keys():
+            epochs = max(1, round(args.epochs * seconds[HALF] / seconds[name]))
+            if epochs != args.epochs:
+                yield name, epochs
 
 
 def prepare(data: Path, images: int, held_out: int) -> tuple[Path, Path]:
-    """Folders in the MiniPlaces layout: one to train on, one whose val.txt is to be judged.
+    """Make data folders for training and for evaluation; the latter's val.txt lists its images.
 
-    `held_out` training images of each category are judged, too, and never trained on.
+    `held_out` training images per category are evaluated and never trained on.
     """
-    of_category: dict[str, list[str]] = {}
+    by_category: dict[str, list[str]] = {}
     for line in (data / "train.txt").read_text().splitlines():
-        of_category.setdefault(line.split()[-1], []).append(line)
-    spared = [line for lines in of_category.values() for line in lines[:held_out]]
-    trained = [line for lines in of_category.values() for line in lines[held_out:][:images]]
+        by_category.setdefault(line.split()[-1], []).append(line)
+    held = [line for lines in by_category.values() for line in lines[:held_out]]
+    trained = [line for lines in by_category.values() for line in lines[held_out:][:images]]
     val = (data / "val.txt").read_text().splitlines()
-    seen = val[:: max(1, len(val) // 100)]  # by main.py after each epoch
+    validated = val[:: max(1, len(val) // 100)]  # by main.py after each epoch
     folders = []
-    for name, val_list in (("train", seen), ("judge", val + spared)):
+    for name, val_list in (("train", validated), ("evaluate", val + held)):
         folder = WORK / f"{data.name}_{images}" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "train.txt").write_text("\n".join([*trained, ""]))
@@ -200,88 +212,88 @@ def prepare(data: Path, images: int, held_out: int) -> tuple[Path, Path]:
     return tuple(folders)
 
 
-def carry_out(run: Run, train: Path, judge: Path) -> dict:
-    """Train by main.py in this process, judge the last weights, tell both."""
+def execute(run: Run, train: Path, evaluation: Path) -> dict:
+    """Train by main.py in this process, evaluate the last weights; return the run's row."""
     variant = {**COMPARED, **ABLATIONS}[run.name]
     flags = [f"--epochs={run.epochs}", f"--seed={run.seed}", *SHARED, *variant.flags]
     flags += ["--use-scene-net"] if variant.kind == "scene_net" else []
-    run_logger.LOGS = WORK / "runs"
-    before, start = set(run_logger.LOGS.glob("*")), time.process_time()
+    before, start = set(LOGS.glob("*")), time.process_time()
     with (
-        mock.patch.dict(registry.MODEL_REGISTRY, {variant.kind: variant.build}),
-        mock.patch.object(optim, "decayed_and_not", variant.groups),
+        mock.patch.dict(registry.MODEL_REGISTRY, {variant.kind: variant.create}),
+        mock.patch.object(optim, "weight_decay_groups", variant.groups),
     ):
-        if main.main([str(train), *flags]) != 0:
-            raise SystemExit("this run failed; started again, the benchmark goes on with it")
+        if driver.main([str(train), *flags], logs=LOGS) != 0:
+            raise SystemExit("this run failed; start the benchmark again to repeat it")
     seconds = time.process_time() - start
-    (folder,) = set(run_logger.LOGS.glob("*")) - before
+    (run_dir,) = set(LOGS.glob("*")) - before
     return {
         **asdict(run),
         "cpu_seconds": round(seconds, 1),
-        **judged(variant, checkpoint.load(folder / "models" / checkpoint.LAST), judge),
+        **evaluate(variant, checkpoint.load(run_dir / "models" / checkpoint.LAST), evaluation),
         "command": " ".join(["python main.py", train.parent.name, *flags]),
-        "commit": run_logger.commit(),
+        "commit": commit(),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
 
 
-def judged(variant: Variant, content: dict, folder: Path) -> dict:
-    """Top-1 hits image by image (hexadecimal): plain, mirrored, and without the mean of weights."""
+def evaluate(variant: Variant, ckpt: dict, folder: Path) -> dict:
+    """Top-1 hits of each image as hexadecimal bits: plain, mirror-averaged, without the EMA."""
     classes = count_classes(folder)
-    images = MiniPlacesLoader(folder, None, classes, "val", get_val_transforms())
-    net = variant.build(classes).eval().to(memory_format=torch.channels_last)
-    net.load_state_dict(content["state_dict"])
+    images = MiniPlacesLoader(folder, None, classes, "val", student.val_transforms())
+    net = variant.create(classes).eval().to(memory_format=torch.channels_last)
+    net.load_state_dict(ckpt["state_dict"])
     y = torch.tensor(images.labels)
-    logits, mirrored = logits_of(net, images, both=True)
-    answers = {"plain": logits, "mirrored": logits + mirrored}
-    if content.get("trained") is not None:
-        net.load_state_dict(content["trained"])
-        answers["last weights"], _ = logits_of(net, images)
+    logits, flipped = predict(net, images, flip=True)
+    outputs = {"plain": logits, "mirrored": logits + flipped}
+    if ckpt.get("trained") is not None:
+        net.load_state_dict(ckpt["trained"])
+        outputs["last weights"], _ = predict(net, images)
     top5 = (logits.topk(5).indices == y[:, None]).any(1).float().mean().item()
-    hits = {name: np.packbits(found.argmax(1) == y) for name, found in answers.items()}
+    hits = {name: np.packbits(output.argmax(1) == y) for name, output in outputs.items()}
     return {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "judged": len(images),
+        "judged": len(images),  # the key of older rows
         "top5": round(100 * top5, 2),
         "hits": {name: bits.tobytes().hex() for name, bits in hits.items()},
     }
 
 
 @torch.inference_mode()
-def logits_of(
-    net: nn.Module, images: MiniPlacesLoader, both: bool = False
+def predict(
+    net: nn.Module, images: MiniPlacesLoader, flip: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits (N, K) of all images and, if asked for, of their mirror images."""
-    found: tuple[list, list] = ([], [])
+    """Logits (N, K) of all images and, if `flip`, of their mirror images."""
+    plain, flipped = [], []
     with torch.autocast("cpu", torch.bfloat16):
         for x, _ in validation_batches(images, workers=0):
             x = x.to(memory_format=torch.channels_last)
-            found[0].append(net(x).float())
-            if both:
-                found[1].append(net(x.flip(3)).float())
-    return torch.cat(found[0]), torch.cat(found[1]) if both else None
+            plain.append(net(x).float())
+            if flip:
+                flipped.append(net(x.flip(3)).float())
+    return torch.cat(plain), torch.cat(flipped) if flip else None
 
 
-def command() -> None:
-    parser = argparse.ArgumentParser(description="Compare SceneNet, and take it apart.")
+def main(argv: Sequence[str]) -> None:
+    """Execute the runs that are missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
-    parser.add_argument("--images", type=int, default=150, help="of each category, to train on")
-    parser.add_argument("--held-out", type=int, default=100, help="of each, judged as well")
+    parser.add_argument("--images", type=int, default=150, help="training images per category")
+    parser.add_argument("--held-out", type=int, default=100, help="evaluated ones per category")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks and ingredients")
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    args = parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="no runs, only the tables")
+    args = parser.parse_args(argv[1:])
     torch.set_num_threads(1)
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
     folders = prepare(args.data, args.images, args.held_out)
     for run in planned(args, rows) if not args.table else ():
-        known = any(row.items() >= asdict(run).items() for row in rows)
-        if not known and (not args.only or run.name in args.only):
-            rows.append(carry_out(run, *folders))
+        done = any(row.items() >= asdict(run).items() for row in rows)
+        if not done and (not args.only or run.name in args.only):
+            rows.append(execute(run, *folders))
             RECORD.write_text(json.dumps(rows, indent=1) + "\n")
-    write_tables(rows)
+    write_tables(rows, command_line(argv))
 
 
 if __name__ == "__main__":
-    command()
+    main(sys.argv)

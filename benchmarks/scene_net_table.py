@@ -1,10 +1,10 @@
-"""What the runs of benchmarks/scene_net.py are worth: tables and a figure with 95 % intervals.
+"""Tables and a figure of the runs of benchmarks/scene_net.py, with 95 % confidence intervals.
 
-All runs of a data set are judged on the same images, and runs of one seed see the same batches, so
-that differences are taken image by image and seed by seed. The variance of a mean over S seeds and
-n images is that between seeds / S, and that between images / n. The former is pooled over all
-networks, as each has few seeds, and counts twice for a difference; with so few, Student's t is
-far wider than the normal distribution.
+All runs of a data set are evaluated on the same images, and runs of one seed see the same batches,
+so differences are taken per image and seed. The variance of a mean over S seeds and n images is the
+variance between seeds / S plus the variance between images / n. The former is pooled over all
+networks, since each has few seeds, and counts twice for a difference. With so few degrees of
+freedom, Student's t is far wider than the normal distribution.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from results_file import ROOT, provenance, write_section
+from results_file import RESULTS, origin, origin_line, write_section
 
 HALF = "SceneNet, half width"
 Key = tuple[str, str]  # part, name
@@ -22,19 +22,24 @@ Key = tuple[str, str]  # part, name
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and images in per cent, or points of a difference, and its error."""
+    """A mean over seeds and images in per cent, or a difference in points, with its interval.
 
-    hits: np.ndarray  # (S, n), or differences of them
+    hits: (S, n), or differences of hits
+    freedom: the degrees of freedom of seed_variance
+    """
+
+    hits: np.ndarray
     seed_variance: float
-    freedom: int  # degrees of it that the variance was estimated with
+    freedom: int
 
     @property
     def mean(self) -> float:
+        """The mean, in per cent."""
         return 100 * self.hits.mean()
 
     @property
     def margin(self) -> float:
-        """Half of the 95 % interval."""
+        """Half the width of the 95 % interval."""
         S, n = self.hits.shape
         images = self.hits.mean(0).var(ddof=1) / n
         return 100 * t_quantile(self.freedom) * (self.seed_variance / S + images) ** 0.5
@@ -43,16 +48,18 @@ class Estimate:
         return f"{self.mean:.1f} ± {self.margin:.1f}"
 
     def signed(self) -> str:
+        """The text with the sign of a difference."""
         return f"{self.mean:+.1f} ± {self.margin:.1f}"
 
-    def verdict(self) -> str:
+    def effect(self) -> str:
+        """What the interval shows of a difference."""
         if abs(self.mean) <= self.margin:
             return "not shown"
         return "helps" if self.mean > 0 else "harms"
 
 
 def t_quantile(freedom: int) -> float:
-    """The quantile of 97.5 % of Student's t (Abramowitz & Stegun, 1964, 26.7.5)."""
+    """The 97.5 % quantile of Student's t (Abramowitz & Stegun, 1964, 26.7.5)."""
     z, v = 1.96, max(freedom, 1)
     return (
         z
@@ -63,7 +70,7 @@ def t_quantile(freedom: int) -> float:
 
 
 def pooled(samples: list[np.ndarray]) -> tuple[float, int]:
-    """The variance between the seeds of a sample (S, n), over all samples, and its freedom."""
+    """The variance between seeds, pooled over samples (S, n), and its degrees of freedom."""
     means = [sample.mean(1) for sample in samples]
     freedom = sum(len(m) - 1 for m in means)
     return sum(((m - m.mean()) ** 2).sum() for m in means) / max(freedom, 1), freedom
@@ -78,46 +85,52 @@ class Results:
             self.rows.setdefault((row["part"], row["name"]), {})[row["seed"]] = row
         self.variance, self.freedom = pooled([self.hits(key, "plain") for key in self.rows])
 
-    def of(self, part: str) -> list[Key]:
+    def keys_of(self, part: str) -> list[Key]:
+        """The keys of one part."""
         return [key for key in self.rows if key[0] == part]
 
-    def hits(self, key: Key, how: str, seeds: list[int] | None = None) -> np.ndarray:
-        """Whether each image was known, by seed: (S, n)."""
-        found = [self.rows[key][s] for s in seeds or sorted(self.rows[key])]
-        bits = [np.frombuffer(bytes.fromhex(row["hits"][how]), np.uint8) for row in found]
-        return np.stack([np.unpackbits(b)[: found[0]["judged"]] for b in bits]).astype(float)
+    def hits(self, key: Key, output: str, seeds: list[int] | None = None) -> np.ndarray:
+        """1 where an image is classified correctly, else 0, by seed: (S, n).
 
-    def accuracy(self, key: Key, how: str = "plain") -> Estimate:
-        return Estimate(self.hits(key, how), self.variance, self.freedom)
+        output: "plain", "mirrored" or "last weights"
+        """
+        rows = [self.rows[key][seed] for seed in seeds or sorted(self.rows[key])]
+        bits = [np.frombuffer(bytes.fromhex(row["hits"][output]), np.uint8) for row in rows]
+        return np.stack([np.unpackbits(b)[: rows[0]["judged"]] for b in bits]).astype(float)
+
+    def accuracy(self, key: Key, output: str = "plain") -> Estimate:
+        """Top-1 accuracy."""
+        return Estimate(self.hits(key, output), self.variance, self.freedom)
 
     def gains(self, reference: Key, others: list[Key]) -> dict[Key, Estimate]:
-        """Points by which `reference` is ahead of each of the others."""
+        """The accuracy of `reference` minus that of each of the others, over common seeds."""
         differences = {}
         for key in others:
             seeds = sorted(self.rows[key].keys() & self.rows[reference].keys())
             if seeds:
-                differences[key] = self.hits(reference, "plain", seeds) - self.hits(
-                    key, "plain", seeds
-                )
+                ours, theirs = (self.hits(k, "plain", seeds) for k in (reference, key))
+                differences[key] = ours - theirs
         return {k: Estimate(d, 2 * self.variance, self.freedom) for k, d in differences.items()}
 
     def within(self, better: str, worse: str) -> Estimate:
-        """Points between two ways of asking the same runs, over all those of SceneNet."""
+        """The difference between two outputs of the same runs, over all runs of SceneNet."""
         keys = [k for k in self.rows if "SceneNet" in k[1] or k[0] == "ablation"]
         d = np.concatenate([self.hits(k, better) - self.hits(k, worse) for k in keys])
         return Estimate(d, *pooled([d]))
 
     def mean(self, key: Key, column: str) -> float:
+        """The mean of a column over seeds."""
         return float(np.mean([row[column] for row in self.rows[key].values()]))
 
 
 def comparison(results: Results) -> str:
+    """The table of the networks, in Markdown."""
     whole = ("equal epochs", HALF)
-    keys = results.of("equal epochs") + results.of("equal time")
+    keys = results.keys_of("equal epochs") + results.keys_of("equal time")
     ahead = results.gains(whole, [key for key in keys if key != whole])
     lines = [
-        "| network | parameters | epochs | CPU seconds | seeds | top-1 | mirrored | top-5 | "
-        "half width is ahead by |",
+        "| network | parameters | epochs | CPU seconds | seeds | top-1 | mirror-averaged | "
+        "top-5 | gain of half width |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for key in keys:
@@ -132,61 +145,61 @@ def comparison(results: Results) -> str:
     return "\n".join(lines)
 
 
-def worth(results: Results) -> dict[str, Estimate]:
-    """What each ingredient adds to SceneNet, mostly of half the width, in points of top-1."""
-    whole = ("equal epochs", HALF)
-    gains = results.gains(whole, results.of("ablation"))
-    found = {key[1]: gain for key, gain in gains.items()}
-    found["mean of weights"] = results.within("plain", "last weights")
-    found["mirror-averaged evaluation"] = results.within("mirrored", "plain")
-    return found
+def ingredient_gains(results: Results) -> dict[str, Estimate]:
+    """The gain of each ingredient of SceneNet, mostly at half the width, in points of top-1."""
+    gains = results.gains(("equal epochs", HALF), results.keys_of("ablation"))
+    by_name = {key[1]: gain for key, gain in gains.items()}
+    by_name["EMA of the weights"] = results.within("plain", "last weights")
+    by_name["mirror-averaged evaluation"] = results.within("mirrored", "plain")
+    return by_name
 
 
 def ablation(results: Results) -> str:
+    """The table of the ingredients, in Markdown."""
     lines = [
-        "| ingredient | runs without it | points of top-1 that it adds | |",
+        "| ingredient | runs without it | gain in points of top-1 | |",
         "|---|---:|---:|---|",
     ]
-    for name, gain in worth(results).items():
-        lines.append(f"| {name} | {len(gain.hits)} | {gain.signed()} | {gain.verdict()} |")
+    for name, gain in ingredient_gains(results).items():
+        lines.append(f"| {name} | {len(gain.hits)} | {gain.signed()} | {gain.effect()} |")
     return "\n".join(lines)
 
 
 def draw(results: Results, path: Path) -> None:
-    """Accuracies on the left, what the ingredients add on the right, each with its interval."""
+    """Accuracies on the left, gains of the ingredients on the right, with their intervals."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    keys = results.of("equal epochs") + results.of("equal time")
+    keys = results.keys_of("equal epochs") + results.keys_of("equal time")
     names = [f"{name}{' (equal time)' if part == 'equal time' else ''}" for part, name in keys]
     panels = {
         (left, "top-1, %"): dict(zip(names, map(results.accuracy, keys), strict=True)),
-        (right, "points that it adds"): worth(results),
+        (right, "gain in points of top-1"): ingredient_gains(results),
     }
-    for (axes, label), found in panels.items():
-        for y, estimate in enumerate(found.values()):
+    for (axes, label), estimates in panels.items():
+        for y, estimate in enumerate(estimates.values()):
             axes.errorbar(estimate.mean, -y, xerr=estimate.margin, fmt="o", color="C0", capsize=3)
-        axes.set_yticks([-y for y in range(len(found))], list(found))
+        axes.set_yticks([-y for y in range(len(estimates))], list(estimates))
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
     right.axvline(0, color="grey", linewidth=1)
     figure.savefig(path, dpi=90)
 
 
-def write_tables(rows: list[dict]) -> None:
-    """results/scene_net.md: a section for each training set, with a figure if it has ablations."""
+def write_tables(rows: list[dict], command: str) -> None:
+    """Write results/scene_net.md: one section per training set, with a figure of its ablations."""
     for data, images in dict.fromkeys((row["data"], row["images"]) for row in rows):
         own = [row for row in rows if (row["data"], row["images"]) == (data, images)]
         results = Results(own)
         commits = ", ".join(sorted({row["commit"] for row in own}))
         dates = sorted(row["date"] for row in own)
         text = (
-            f"{provenance()}\n\n{len(own)} runs at commit {commits}, {dates[0]} to {dates[-1]}, "
-            f"judged on {own[0]['judged']} images; scene_net.json has the command of each. "
-            "Accuracies in per cent with 95 % intervals over seeds and images.\n\n"
+            f"{origin_line(origin(command))}\n\n{len(own)} runs at commit {commits}, {dates[0]} to "
+            f"{dates[-1]}, evaluated on {own[0]['judged']} images; scene_net.json has the command "
+            "of each. Accuracies in per cent with 95 % intervals over seeds and images.\n\n"
             f"{comparison(results)}\n\n"
         )
-        if results.of("ablation"):
-            picture = f"scene_net_{data}_{images}.png"
-            draw(results, ROOT / "results" / picture)
-            text += f"{ablation(results)}\n\n![accuracies and ingredients]({picture})\n"
+        if results.keys_of("ablation"):
+            figure = f"scene_net_{data}_{images}.png"
+            draw(results, RESULTS / figure)
+            text += f"{ablation(results)}\n\n![accuracies and ingredients]({figure})\n"
         write_section("scene_net.md", f"{data}, {images} training images of each category", text)

@@ -1,4 +1,4 @@
-"""Ways to do the same work, taking turns, each held to the first one in the same round."""
+"""Compare variants of the same work: they alternate, and each is compared with the first."""
 
 from __future__ import annotations
 
@@ -9,55 +9,57 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
-from results_file import ROOT, provenance
+from results_file import RESULTS, origin, origin_line
 
 Work = Callable[[], None]
-Ways = dict[str, Callable[[], Work]]  # what prepares the work of each way, in its own process
+Variants = dict[str, Callable[[], Work]]  # name -> function that prepares the work
 
 
-def options(description: str, batch_size: int) -> argparse.ArgumentParser:
+def make_parser(description: str, batch_size: int) -> argparse.ArgumentParser:
+    """A parser with --batch-size and --rounds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--rounds", type=int, default=7)
     return parser
 
 
-def measure(subjects: Iterable[str], ways: Callable[[str], Ways], rounds: int, images: int) -> list:
-    """The rows of all subjects, on one thread; `images` is how many each way handles."""
+def measure(
+    subjects: Iterable[str], variants: Callable[[str], Variants], rounds: int, images: int
+) -> list[dict]:
+    """The rows of all subjects, on one thread; `images`: how many each variant processes."""
     torch.set_num_threads(1)
     return [
         row
         for subject in subjects
-        for row in summary(subject, cpu_seconds(ways(subject), rounds), images)
+        for row in summary(subject, cpu_seconds(variants(subject), rounds), images)
     ]
 
 
-def cpu_seconds(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """What each way takes in each round, after one round that is not counted.
+def cpu_seconds(variants: Variants, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of each variant in each round, after one warm-up round.
 
-    Each has a process of its own, since how one treats memory would change the next. CPU time of
-    that process, so that other work on the machine counts little.
+    Each variant runs in a separate process, since the memory allocated by one would change the
+    next. The CPU time of that process does not depend on other work on the machine.
     """
-    connections = {name: _start(prepare) for name, prepare in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    connections = {name: _start(prepare) for name, prepare in variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, connection in connections.items():
-            connection.send("go")
+            connection.send(True)
             seconds[name].append(connection.recv())
     return {name: values[1:] for name, values in seconds.items()}
 
 
 def _start(prepare: Callable[[], Work]) -> Connection:
-    ours, theirs = multiprocessing.Pipe()
+    parent, child = multiprocessing.Pipe()
     fork = multiprocessing.get_context("fork")
-    fork.Process(target=_take_turns, args=(prepare, theirs), daemon=True).start()
-    return ours
+    fork.Process(target=_serve, args=(prepare, child), daemon=True).start()
+    return parent
 
 
-def _take_turns(prepare: Callable[[], Work], connection: Connection) -> None:
+def _serve(prepare: Callable[[], Work], connection: Connection) -> None:
     work = prepare()
     while connection.recv():
         start = time.process_time()
@@ -66,32 +68,33 @@ def _take_turns(prepare: Callable[[], Work], connection: Connection) -> None:
 
 
 def summary(subject: str, seconds: dict[str, list[float]], images: int) -> list[dict]:
-    """One row a way: median milliseconds per image, median of its ratios to the first way."""
+    """One row per variant: median milliseconds per image, median speedup over the first."""
     base = next(iter(seconds.values()))
     return [
         {
             "subject": subject,
-            "way": name,
+            "variant": name,
             "ms_per_image": round(1e3 * statistics.median(values) / images, 3),
-            "ratio": round(statistics.median(b / v for v, b in zip(values, base, strict=True)), 2),
+            "speedup": round(
+                statistics.median(b / v for v, b in zip(values, base, strict=True)), 2
+            ),
             "rounds_s": [round(v, 4) for v in values],
         }
         for name, values in seconds.items()
     ]
 
 
-def write(name: str, title: str, note: str, rows: list[dict], **more: object) -> None:
-    """results/`name`.json and .md."""
-    target = ROOT / "results" / name
-    made = provenance()
-    record = {"provenance": made, **more, "rows": rows}
+def write(name: str, title: str, note: str, rows: list[dict], command: str, **more: object) -> None:
+    """Write results/`name`.json and .md; print the table."""
+    target, source = RESULTS / name, origin(command)
+    record = {**source, **more, "rows": rows}
     target.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    lines = [f"# {title}", "", f"{made} {note}", ""]
-    lines += ["| | way | CPU ms / image | times as fast |", "|---|---|---:|---:|"]
+    lines = [f"# {title}", "", f"{origin_line(source)} {note}", ""]
+    lines += ["| | variant | CPU ms / image | speedup |", "|---|---|---:|---:|"]
     lines += [
-        f"| {r['subject']} | {r['way']} | {r['ms_per_image']:.2f} | {r['ratio']:.2f} |"
+        f"| {r['subject']} | {r['variant']} | {r['ms_per_image']:.2f} | {r['speedup']:.2f} |"
         for r in rows
     ]
     text = "\n".join(lines) + "\n"
-    Path(target.with_suffix(".md")).write_text(text, encoding="utf-8")
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -1,4 +1,4 @@
-"""Put a run of benchmarks/speedrun.sh into results/speedrun.{json,md}, by its name:
+"""Add a run of benchmarks/speedrun.sh to results/speedrun.{json,md}, under its name.
 
 python benchmarks/speedrun_row.py NAME logs/RUN
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from training import RESULTS, rows_of, summary
+from results_file import RESULTS
+from training import summary
 
-GOAL = 40.0  # per cent, top-1
+from deepvision.runtime.jsonl import read_metrics
+
+RECORD = RESULTS / "speedrun.json"
+GOAL = 40.0  # top-1, in per cent
 HEAD = "| run | epochs | top-1 | best top-1 | s to 40 % | s / epoch | seconds | images/s | device |"
 
 
 def timed(name: str, run: Path) -> dict:
-    """What the run reached, and how fast: seconds are those of training and validation."""
-    epochs = rows_of(run / "metrics.jsonl")
+    """The run's summary, with the seconds of training and validation, in all and to the goal."""
+    epochs = read_metrics(run / "metrics.jsonl")
     total, to_goal = 0.0, None
     for row in epochs:
         total += row["seconds"]
@@ -27,32 +32,35 @@ def timed(name: str, run: Path) -> dict:
     return {"name": name, **times, **summary(run)}
 
 
-def whole(number: float | None) -> str:
-    """Empty for what never was: the goal, or a step in an epoch that was stopped at its end."""
-    return "" if number is None else f"{number:.0f}"
+def rounded(value: float | None) -> str:
+    """A whole number; empty for None: a goal not reached, a speed not measured."""
+    return "" if value is None else f"{value:.0f}"
 
 
 def table(rows: list[dict]) -> str:
+    """The rows in Markdown, with the origin of each."""
     lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 3) + "---|"]
     for row in rows:
         lines.append(
             f"| {row['name']} | {row['epochs']} | {row['top1']:.1f} | {row['best_top1']:.1f} | "
-            f"{whole(row['seconds_to_40'])} | {row['epoch_seconds']:.1f} | "
-            f"{row['seconds']:.0f} | {whole(row['images_per_second'])} | {row['device']} |"
+            f"{rounded(row['seconds_to_40'])} | {row['epoch_seconds']:.1f} | "
+            f"{row['seconds']:.0f} | {rounded(row['images_per_second'])} | {row['device']} |"
         )
-    made = [f"- {r['name']}: `{r['command']}`, commit {r['commit']}, {r['started']}" for r in rows]
-    return "\n".join(["# Speedrun", "", *lines, "", *made, ""])
+    origins = [
+        f"- {r['name']}: `{r['command']}`, commit {r['commit']}, {r['started']}" for r in rows
+    ]
+    return "\n".join(["# Speedrun", "", *lines, "", *origins, ""])
 
 
-def main() -> None:
-    name, run = sys.argv[1], Path(sys.argv[2])
-    record = RESULTS / "speedrun.json"
-    rows = json.loads(record.read_text()) if record.exists() else []
+def main(argv: Sequence[str]) -> None:
+    """Replace the row of this name and write both files."""
+    name, run = argv[1], Path(argv[2])
+    rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
     rows = [row for row in rows if row["name"] != name] + [timed(name, run)]
-    record.write_text(json.dumps(rows, indent=2) + "\n")
-    record.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    RECORD.write_text(json.dumps(rows, indent=2) + "\n")
+    RECORD.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows[-1:]))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

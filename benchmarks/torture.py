@@ -1,12 +1,11 @@
-"""Kill real training runs at random moments, resume them, compare their ends bit by bit.
+"""Kill training runs at random moments, resume them, compare their final states bit by bit.
 
     python benchmarks/torture.py --kills 50
 
-Each run is `python main.py ... --resume=auto`, killed by SIGKILL one to four times (half of the
-times as soon as a checkpoint is being written), now and then asked to stop by SIGTERM or SIGINT,
-and then left to finish. Weights, optimizer, schedule, best checkpoint, metrics rows and
-TensorBoard points must equal those of a run that was never killed. Writes results/reliability.md;
-ends with 1 if any run ended differently.
+Each run is `python main.py ... --resume=auto`. It is stopped one to four times, by SIGKILL (in half
+of the cases while a checkpoint is being written), SIGTERM or SIGINT, and then runs to its end.
+Weights, optimizer, schedule, best checkpoint, metrics rows and TensorBoard points must equal those
+of an uninterrupted run. Writes results/reliability.md; exits with 1 if any run differs.
 """
 
 from __future__ import annotations
@@ -21,28 +20,31 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from results_file import ROOT, provenance, write_section
+from results_file import ROOT, origin, origin_line, write_section
 from run_state import final_state
+
+from deepvision.runtime.provenance import command_line
 
 COMMON = ["--gpu=-1", "-b=16", "--epochs=3", "--warmup=1", "--lr=0.02", "-p=2", "--save-every=2"]
 VARIANTS = {
     "SimpleNet, no worker": ["-j=0"],
     "SimpleNet, 1 worker": ["-j=1"],
-    "SimpleNet, 2 workers, images decoded to disk": ["-j=2", "--cache=disk"],
-    "SimpleNet in bfloat16, 1 worker, images in RAM": ["-j=1", "--amp=bf16", "--cache=ram"],
-    "our convolution, 2 workers": ["-j=2", "--use-custom-conv"],
+    "SimpleNet, 2 workers, --cache=disk": ["-j=2", "--cache=disk"],
+    "SimpleNet in bfloat16, 1 worker, --cache=ram": ["-j=1", "--amp=bf16", "--cache=ram"],
+    "SimpleNet on CustomConv2d, 2 workers": ["-j=2", "--use-custom-conv"],
     "adversarial (pgd), 1 worker": ["-j=1", "--pgd"],
     "adversarial (free), no worker": ["-j=0", "--at=free", "--best-by=robust"],
-    "SimpleViT with drop path, 2 workers": ["-j=2", "--use-vit", "--lr=0.001"],
-    "SceneNet with mean weights, 1 worker": ["-j=1", "--use-scene-net"],
+    "SimpleViT with stochastic depth, 2 workers": ["-j=2", "--use-vit", "--lr=0.001"],
+    "SceneNet with EMA, 1 worker": ["-j=1", "--use-scene-net"],
 }
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
 
 
 class Tree:
-    """A copy of code/ whose runs end up in logs/ beside it."""
+    """A copy of code/, whose runs are in logs/ in the same folder."""
 
     def __init__(self, folder: Path, data: Path, flags: list[str]) -> None:
         shutil.copytree(ROOT / "code", folder / "code")
@@ -50,6 +52,7 @@ class Tree:
         self.command = [sys.executable, "main.py", str(data), *COMMON, *flags, "--resume=auto"]
 
     def start(self) -> subprocess.Popen:
+        """Start or resume the run."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.output, "ab") as out:
             return subprocess.Popen(
@@ -58,126 +61,152 @@ class Tree:
                 env=environment,
                 stdout=out,
                 stderr=out,
-                start_new_session=True,  # so that a signal can be sent to it and its workers
+                start_new_session=True,  # a process group: signals can reach its workers too
             )
 
     def finish(self) -> dict[str, object]:
-        """Run to the end; what the newest run ends with.
+        """Run to the end; return the final state of the newest run.
 
         Raises:
-            RuntimeError: the run failed; says what it printed last.
+            RuntimeError: the run failed; the message is the end of its output.
         """
-        self.await_end(self.start(), 0)
+        self.wait(self.start(), 0)
         runs = sorted((self.folder / "logs").glob("*_exp_*"), key=lambda f: f.name[-19:])
         return final_state(runs[-1])
 
-    def await_end(self, process: subprocess.Popen, *codes: int) -> None:
+    def wait(self, process: subprocess.Popen, *codes: int) -> None:
+        """Wait for the run to end.
+
+        Raises:
+            RuntimeError: its exit code is not one of `codes`.
+        """
         if process.wait(600) not in codes:
             end = self.output.read_text(errors="replace")[-2000:]
             raise RuntimeError(f"exit code {process.returncode}: {end}")
 
-    def writes(self) -> bool:
+    def is_writing(self) -> bool:
+        """Return True while a checkpoint is being written."""
         return any((self.folder / "logs").glob("*/models/*.part"))
 
-    def strike(self, number: signal.Signals, delay: float, while_writing: bool) -> str | None:
-        """Start a run and send it a signal; tells which and at what, None if it ended before.
+    def interrupt(self, number: signal.Signals, delay: float, while_writing: bool) -> str | None:
+        """Start a run and send it a signal; return its name, or None if the run ended before.
 
-        SIGKILL takes the trainer alone. The others reach its workers, too, as those of a terminal
-        or a cluster do, and may come before the run listens or after its last step.
+        SIGKILL goes to the trainer only. The others go to its workers too, as from a terminal or a
+        cluster; they may arrive before the run handles signals or after its last step.
 
         Raises:
-            RuntimeError: the run ended neither by the signal nor by obeying it.
+            RuntimeError: the run ended neither by the signal nor by stopping as requested.
         """
         process = self.start()
         moment = time.monotonic() + delay
         while process.poll() is None:
-            writing = while_writing and self.writes()
+            writing = while_writing and self.is_writing()
             if time.monotonic() >= moment and (writing or not while_writing):
                 os.kill(process.pid if number == signal.SIGKILL else -process.pid, number)
-                self.await_end(process, -number, 128 + number, 0)
-                found = number == signal.SIGKILL and self.writes()
-                return f"{number.name} while writing" if found else number.name
+                self.wait(process, -number, 128 + number, 0)
+                partial = number == signal.SIGKILL and self.is_writing()
+                return f"{number.name} while writing" if partial else number.name
             time.sleep(0.0005 if while_writing else 0.01)
         return None
 
 
-def torment(tree: Tree, seconds: float, rng: random.Random) -> list[str]:
-    """Strike a run one to four times, at random moments of its `seconds`."""
-    strikes = []
+def interrupt_repeatedly(tree: Tree, seconds: float, rng: random.Random) -> list[str]:
+    """Interrupt a run one to four times, at random moments of its `seconds`; the signals' names."""
+    signals = []
     for _ in range(rng.randint(1, 4)):
         while_writing = rng.random() < 0.5
         delay = rng.uniform(0, seconds * (0.5 if while_writing else 1))
-        if (strike := tree.strike(rng.choice(SIGNALS), delay, while_writing)) is None:
+        name = tree.interrupt(rng.choice(SIGNALS), delay, while_writing)
+        if name is None:
             break
-        strikes.append(strike)
-    return strikes
+        signals.append(name)
+    return signals
 
 
-def differences(tree: Tree, whole: dict[str, object]) -> str:
-    """Let a run finish; what of its end is not as in `whole`, '' where all of it is."""
+def differences(tree: Tree, expected: dict[str, object]) -> str:
+    """Run to the end; name the parts of the final state that differ from `expected`, '' if none."""
     try:
         state = tree.finish()
     except RuntimeError as e:
         return str(e)
-    return ", ".join(key for key, value in whole.items() if state[key] != value)
+    return ", ".join(key for key, value in expected.items() if state[key] != value)
 
 
-def main() -> int:
+class Campaign:
+    """Interrupted runs of all variants in turn, and their outcomes.
+
+    signals: how often each signal was sent; different: one line for each run that differs.
+    """
+
+    def __init__(self, scratch: Path, seed: int) -> None:
+        self.scratch, self.rng, self.start = scratch, random.Random(seed), time.monotonic()
+        self.signals, self.runs, self.different = Counter(), Counter(), []
+        self.uninterrupted = {}  # variant -> (final state, seconds)
+        self.data = scratch / "scenes"
+        draw = [sys.executable, "make_sample_data.py", self.data, "--train", "8", "--val", "4"]
+        subprocess.run(draw, cwd=ROOT / "code", check=True)
+
+    def kills(self) -> int:
+        """How often SIGKILL was sent."""
+        return sum(n for name, n in self.signals.items() if name.startswith("SIGKILL"))
+
+    def run_next(self) -> None:
+        """Interrupt one run, let it finish, compare."""
+        variant = list(VARIANTS)[self.runs.total() % len(VARIANTS)]
+        state, seconds = self.expected(variant)
+        for cache in self.data.glob("*.decoded*"):
+            cache.unlink()  # so that it is built again, and interrupted meanwhile
+        tree = Tree(self.scratch / f"{self.runs.total()}", self.data, VARIANTS[variant])
+        signals = interrupt_repeatedly(tree, seconds, self.rng)
+        wrong = differences(tree, state)
+        self.runs[variant] += 1
+        self.signals.update(signals)
+        self.different += [f"{variant}: {wrong}"] if wrong else []
+        outcome = f"DIFFERENT: {wrong}" if wrong else "identical"
+        print(f"{self.kills():3} kills, {variant}, {signals}: {outcome}", flush=True)
+        shutil.rmtree(tree.folder)
+
+    def expected(self, variant: str) -> tuple[dict[str, object], float]:
+        """The final state and the seconds of an uninterrupted run."""
+        if variant not in self.uninterrupted:
+            tree = Tree(self.scratch / f"uninterrupted {variant}", self.data, VARIANTS[variant])
+            start = time.monotonic()
+            self.uninterrupted[variant] = tree.finish(), time.monotonic() - start
+        return self.uninterrupted[variant]
+
+    def write_results(self, command: str) -> None:
+        """Write the section of results/reliability.md."""
+        runs, signals, kills = self.runs.total(), self.signals, self.kills()
+        lines = [
+            f"{runs - len(self.different)} of {runs} runs, killed {kills} times in all "
+            f"({signals['SIGKILL while writing']} of them while a checkpoint was being written) "
+            f"and stopped {signals.total() - kills} times (SIGTERM {signals['SIGTERM']}, "
+            f"SIGINT {signals['SIGINT']}), ended bit by bit like an uninterrupted run: "
+            "weights, optimizer, schedule, best checkpoint, metrics rows, TensorBoard points.",
+            "",
+            "| runs | variant |",
+            "|---|---|",
+            *(f"| {n} | {variant} |" for variant, n in self.runs.items()),
+            "",
+            *(f"- DIFFERENT: {line}" for line in self.different),
+            f"{origin_line(origin(command))} {time.monotonic() - self.start:.0f} s.",
+        ]
+        write_section("reliability.md", "Runs killed and resumed", "\n".join(lines))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Interrupt runs and write the section; return 1 if any run differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
-    strikes, different, runs = Counter(), [], Counter()
-    begun = time.monotonic()
+    args = parser.parse_args(argv[1:])
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        data = scratch / "scenes"
-        draw = [sys.executable, "make_sample_data.py", str(data), "--train", "8", "--val", "4"]
-        subprocess.run(draw, cwd=ROOT / "code", check=True)
-        whole = {}  # variant: (state, seconds) of a run that nobody killed
-        while kills(strikes) < args.kills:
-            variant = list(VARIANTS)[runs.total() % len(VARIANTS)]
-            if variant not in whole:
-                tree = Tree(scratch / f"whole {variant}", data, VARIANTS[variant])
-                start = time.monotonic()
-                whole[variant] = tree.finish(), time.monotonic() - start
-            for decoded in data.glob("*.decoded*"):
-                decoded.unlink()  # so that it is made again, and killed while it is made
-            tree = Tree(scratch / f"{runs.total()}", data, VARIANTS[variant])
-            struck = torment(tree, whole[variant][1], rng)
-            wrong = differences(tree, whole[variant][0])
-            runs[variant] += 1
-            strikes.update(struck)
-            different += [f"{variant}: {wrong}"] if wrong else []
-            end = f"DIFFERENT: {wrong}" if wrong else "identical"
-            print(f"{kills(strikes):3} kills, {variant}, {struck}: {end}", flush=True)
-            shutil.rmtree(tree.folder)
-    tell(runs, strikes, different, time.monotonic() - begun)
-    return 1 if different else 0
-
-
-def kills(strikes: Counter) -> int:
-    return sum(n for name, n in strikes.items() if name.startswith("SIGKILL"))
-
-
-def tell(runs: Counter, strikes: Counter, different: list[str], seconds: float) -> None:
-    lines = [
-        f"{runs.total() - len(different)} of {runs.total()} runs, killed {kills(strikes)} times in "
-        f"all ({strikes['SIGKILL while writing']} of them while a checkpoint was being written) "
-        f"and asked to stop {strikes.total() - kills(strikes)} times (SIGTERM {strikes['SIGTERM']},"
-        f" SIGINT {strikes['SIGINT']}), ended with the bits of the run that was never touched: "
-        "weights, optimizer, schedule, best checkpoint, metrics rows, TensorBoard points.",
-        "",
-        "| runs | variant |",
-        "|---|---|",
-        *(f"| {n} | {variant} |" for variant, n in runs.items()),
-        "",
-        *(f"- DIFFERENT: {line}" for line in different),
-        f"{provenance()} {seconds:.0f} s.",
-    ]
-    write_section("reliability.md", "Runs killed and resumed", "\n".join(lines))
+        campaign = Campaign(Path(scratch), args.seed)
+        while campaign.kills() < args.kills:
+            campaign.run_next()
+    campaign.write_results(command_line(argv))
+    return 1 if campaign.different else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv))

@@ -1,45 +1,47 @@
-"""How fast a network trains on the CPU: the course's loop beside ours.
+"""Measure training on the CPU: a loop as in the course, and this project's engine.
 
     python benchmarks/train_step.py data/sample
     python benchmarks/train_step.py DATA --batch-size 32 --steps 2 --rounds 7
 
-The course's: its transforms one by one (benchmarks/input.py), images as they come, attention
-written out, `.item()` at every step. Ours: the fused input path, channels_last, the engine. All
-load in the process that trains. Writes results/train_step_benchmark.{json,md}.
+The course loop: separate transforms (benchmarks/input.py), NCHW layout, attention with explicit
+scores, `.item()` at every step. Ours: fused transforms, channels-last layout, the engine. Both load
+the images in the training process. Writes results/train_step_benchmark.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
+from input import COURSE, OURS, CourseImages, StepByStep
+from side_by_side import Variants, Work, make_parser, measure, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "code"))
-
-from input import COURSE, OURS, CourseImages, StepByStep  # noqa: E402
-from side_by_side import Ways, Work, measure, options, write  # noqa: E402
-
-from custom_dataloader import MiniPlacesLoader  # noqa: E402
-from custom_transforms import Compose  # noqa: E402
-from deepvision.data.loader import training_batches  # noqa: E402
-from deepvision.training import engine  # noqa: E402
-from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer  # noqa: E402
-from student_code import Attention, default_cnn_model, default_vit_model  # noqa: E402
-from utils import AverageMeter, LinearWarmupCosineAnnealingLR  # noqa: E402
+from custom_dataloader import MiniPlacesLoader
+from custom_transforms import Compose
+from deepvision.data.loader import training_batches
+from deepvision.runtime.device import configure_backend, prepare_model
+from deepvision.runtime.meters import EpochMetrics, StepTimer
+from deepvision.runtime.provenance import command_line
+from deepvision.training.engine import train_epoch
+from deepvision.training.objectives import Standard
+from student_code import Attention, default_cnn_model, default_vit_model
+from utils import AverageMeter, LinearWarmupCosineAnnealingLR
 
 NETWORKS = {"SimpleNet": default_cnn_model, "SimpleViT": default_vit_model}
+CPU = torch.device("cpu")
 
 
-class WrittenOut(Attention):
-    """Attention as a student writes it: scores, softmax and sum, whatever the number of tokens."""
+class ExplicitAttention(Attention):
+    """Attention as students write it: scores, softmax and weighted sum, for any token count."""
 
-    def forward(self, x: Tensor, mask: None = None) -> Tensor:  # no window here is padded
+    def forward(self, x: Tensor, mask: None = None) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C); there is no mask, as no window here is padded."""
         b, h, w, c = x.shape
         qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, heads, N, C / heads)
@@ -47,20 +49,25 @@ class WrittenOut(Attention):
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, h, w, c))
 
 
-def as_in_the_course(model: nn.Module) -> nn.Module:
+def course_attention(model: nn.Module) -> nn.Module:
+    """`model` itself, with ExplicitAttention in place of Attention."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.__class__ = WrittenOut
+            module.__class__ = ExplicitAttention
     return model
 
 
-def optimizer_and_schedule(model: nn.Module) -> tuple:
+def optimizer_and_scheduler(
+    model: nn.Module,
+) -> tuple[torch.optim.Optimizer, LinearWarmupCosineAnnealingLR]:
+    """SGD with momentum; linear warmup, then a cosine."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     return optimizer, LinearWarmupCosineAnnealingLR(optimizer, 100, 10_000)
 
 
 def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Work:
-    optimizer, scheduler = optimizer_and_schedule(as_in_the_course(model))
+    """Training steps as in the course."""
+    optimizer, scheduler = optimizer_and_scheduler(course_attention(model))
     criterion, losses, top1, top5 = nn.CrossEntropyLoss(), *(AverageMeter() for _ in range(3))
 
     def work() -> None:
@@ -81,71 +88,69 @@ def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Work:
 
 
 def our_loop(
-    model: nn.Module,
-    loader: DataLoader,
-    steps: int,
-    clock: StepTimer,
-    amp: torch.dtype | None = None,
+    model: nn.Module, loader: DataLoader, steps: int, timer: StepTimer, amp: str = "off"
 ) -> Work:
-    place = DeviceContext(torch.device("cpu"), amp)
-    optimizer, scheduler = optimizer_and_schedule(place.prepare_model(model))
-    tally = EpochMetrics(place.device)
+    """Training steps by main.py's engine, with backend and network as main.py prepares them."""
+    configure_backend(CPU)
+    model, context = prepare_model(model, CPU, amp)
+    optimizer, scheduler = optimizer_and_scheduler(model)
+    metrics, objective = EpochMetrics(CPU), Standard()
 
     def work() -> None:
         batches = islice(loader, steps)
-        for _ in engine.train_epoch(
-            model, batches, nn.CrossEntropyLoss(), optimizer, scheduler, place, tally, clock, 2024
-        ):
-            pass
+        train_epoch(
+            model, batches, objective, optimizer, scheduler, context, metrics, timer, seed=2024
+        )
 
     return work
 
 
-def ways(name: str, args: argparse.Namespace) -> Ways:
-    def data(transforms: Compose, kind: type) -> MiniPlacesLoader:
+def variants(name: str, args: argparse.Namespace) -> Variants:
+    """The loops on one network, all with the same images."""
+
+    def dataset(transforms: Compose, kind: type) -> MiniPlacesLoader:
         return kind(args.data, num_classes=10_000, transforms=transforms)
 
     torch.manual_seed(0)
-    theirs, ours = NETWORKS[name](num_classes=100), NETWORKS[name](num_classes=100)
-    course_set = data(StepByStep(COURSE["train"]), CourseImages)
+    course_net, our_net = NETWORKS[name](num_classes=100), NETWORKS[name](num_classes=100)
+    course_set = dataset(StepByStep(COURSE["train"]), CourseImages)
     course = DataLoader(course_set, args.batch_size, shuffle=True, drop_last=True)
-    fused = training_batches(data(Compose(OURS["train"]), MiniPlacesLoader), args.batch_size, 1, 0)
+    our_set = dataset(Compose(OURS["train"]), MiniPlacesLoader)
+    ours = training_batches(our_set, args.batch_size, seed=1, workers=0)
     return {
-        "course's loop": lambda: course_loop(theirs, course, args.steps),
-        "ours": lambda: our_loop(ours, fused, args.steps, StepTimer()),
-        "ours, --amp=bf16": lambda: our_loop(ours, fused, args.steps, StepTimer(), torch.bfloat16),
+        "course loop": lambda: course_loop(course_net, course, args.steps),
+        "ours": lambda: our_loop(our_net, ours, args.steps, StepTimer()),
+        "ours, --amp=bf16": lambda: our_loop(our_net, ours, args.steps, StepTimer(), "bf16"),
     }
 
 
-def share_of_waiting(args: argparse.Namespace) -> float:
-    """Of the wall-clock time of SimpleNet's training, with one worker, once it has started."""
+def data_wait(args: argparse.Namespace) -> float:
+    """The fraction of wall time that SimpleNet's training waits for data, with one worker."""
     dataset = MiniPlacesLoader(args.data, num_classes=10_000, transforms=Compose(OURS["train"]))
-    loader = training_batches(dataset, args.batch_size, 1, workers=1)
+    loader = training_batches(dataset, args.batch_size, seed=1, workers=1)
     model = default_cnn_model(num_classes=100)
-    our_loop(model, loader, 1, StepTimer())()
-    clock = StepTimer()
-    our_loop(model, loader, 9, clock)()
-    return clock.data.sum / clock.step.sum
+    our_loop(model, loader, 1, StepTimer())()  # starts the worker
+    timer = StepTimer()
+    our_loop(model, loader, 9, timer)()
+    return timer.data.sum / timer.step.sum
 
 
-def main() -> None:
-    parser = options("Measure training steps on one core.", batch_size=32)
+def main(argv: Sequence[str]) -> None:
+    """Measure and write the results."""
+    parser = make_parser(__doc__.split("\n")[0], batch_size=32)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
-    parser.add_argument("--steps", type=int, default=2, help="steps a turn")
-    args = parser.parse_args()
-    images = args.steps * args.batch_size
-    rows = measure(NETWORKS, lambda name: ways(name, args), args.rounds, images)
-    note = "Medians of interleaved rounds, one thread; the ratio is taken within each round."
-    waiting = share_of_waiting(args)
-    note += f" Our loop with one worker waited for data {waiting:.1%} of its wall-clock time."
-    write(
-        "train_step_benchmark",
-        "Training: the course's loop beside ours",
-        note,
-        rows,
-        waiting=waiting,
+    parser.add_argument("--steps", type=int, default=2, help="steps per round")
+    args = parser.parse_args(argv[1:])
+    images, command = args.steps * args.batch_size, command_line(argv)
+    rows = measure(NETWORKS, lambda name: variants(name, args), args.rounds, images)
+    wait = data_wait(args)
+    note = (
+        "Medians of interleaved rounds, one thread; the ratio is taken within each round. "
+        f"Our loop with one worker waited for data {wait:.1%} of its wall time."
     )
+    title = "Training: course loop and ours"
+    write("train_step_benchmark", title, note, rows, command, data_wait=wait)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

@@ -1,41 +1,40 @@
-"""Networks that runs of main.py trained, images to try them on, and figures with intervals."""
+"""Networks trained by main.py, validation images, and accuracies with confidence intervals."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import results_file  # noqa: F401 - makes code/ importable
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "code"))
-
-from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
-from deepvision import checkpoint  # noqa: E402
-from deepvision.attacks.diagnostics import wilson  # noqa: E402
-from deepvision.data.loader import fixed_subset_batch  # noqa: E402
-from deepvision.models import registry  # noqa: E402
-from student_code import get_val_transforms  # noqa: E402
+from custom_dataloader import MiniPlacesLoader, count_classes
+from deepvision import checkpoint
+from deepvision.data.loader import fixed_subset_batch
+from deepvision.evaluation.statistics import wilson
+from deepvision.models import registry, student
 
 
 def best_network(run: Path, data: Path) -> tuple[str, nn.Module]:
-    """A run's best network, in evaluation mode, and its name with the epochs it trained."""
-    path = run / "models" / checkpoint.BEST
-    content = checkpoint.load(path)
-    model = registry.create_model(content["kind"], count_classes(data)).eval()
-    checkpoint.load_weights(model, content, path)
-    return f"{run.name}, epoch {content['epoch']}", model
+    """The best network of a run in evaluation mode, and its name with the epochs done.
+
+    Raises:
+        UserError: the run has no valid model_best.pth.tar, or it has another number of classes.
+    """
+    path = checkpoint.locate(run, checkpoint.BEST)
+    ckpt = checkpoint.load(path)
+    model, _ = registry.load_network(ckpt, path, count_classes(data))
+    return f"{run.name}, epoch {ckpt['epoch']}", model.eval()
 
 
 def validation_images(data: Path, n: int) -> tuple[Tensor, Tensor]:
-    classes = count_classes(data)
-    val_set = MiniPlacesLoader(data, None, classes, "val", get_val_transforms())
+    """At most n evenly spaced validation images (n, 3, 128, 128), normalised, and labels (n,)."""
+    val_set = MiniPlacesLoader(data, None, count_classes(data), "val", student.val_transforms())
     return fixed_subset_batch(val_set, n)
 
 
-def interval(n: int) -> Callable[[float], str]:
-    """Per cent of n -> '41.0 (34.4–47.9)', the 95 % interval behind it."""
+def confidence_interval(n: int) -> Callable[[float], str]:
+    """A function from per cent of n to text with the 95 % interval: `41.0 (34.4–47.9)`."""
 
     def text(percent: float) -> str:
         low, high = wilson(percent / 100 * n, n)

@@ -1,9 +1,10 @@
-"""Tell what training runs reached, from their own records:
+"""Summarise training runs from their records.
 
     python benchmarks/training.py logs/RUN [logs/RUN ...]
 
-Reads config.json, metrics.jsonl and evaluations.jsonl of each run folder and adds to
-results/training.{json,md}: a row a run, with the command, commit, device and date it was made with.
+Reads config.json, metrics.jsonl and evaluations.jsonl of each run folder. Writes
+results/training.{json,md}: one row per run, with command, commit, device and date; rows of other
+runs stay.
 """
 
 from __future__ import annotations
@@ -11,46 +12,41 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "code"))
+from results_file import RESULTS
 
-from deepvision.config import build_parser  # noqa: E402
-from deepvision.training import optim  # noqa: E402
+from deepvision.runtime.jsonl import read_json, read_jsonl, read_metrics
+from deepvision.runtime.run_dir import kind_and_start
 
-RESULTS = ROOT / "results"
-HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | robust | images/s |"
+RECORD = RESULTS / "training.json"
+# heading -> column of the record; accuracies in per cent
+COLUMNS = {
+    "top-1": "top1",
+    "top-5": "top5",
+    "best top-1": "best_top1",
+    "mirror-averaged": "mirrored_top1",
+    "under attack": "attacked_top1",
+    "robust": "robust_top1",
+    "images/s": "images_per_second",
+}
 
 
-def rows_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def command_of(kind: str, arguments: dict) -> str:
-    """The command line that gives these arguments; of the data and weights their names alone."""
-    parser = build_parser()
-    usual = {name: parser.get_default(name) for name in arguments}
-    usual |= optim.RECIPES.get(kind, optim.DEFAULTS)
-    if not (arguments["pgd"] or arguments.get("at")):  # its default was 3, now it is the mode's
-        arguments = {**arguments, "pgd_steps": usual["pgd_steps"]}
-    if arguments.get("weights"):
-        arguments = {**arguments, "weights": Path(arguments["weights"]).name}
-    words = ["python main.py", Path(arguments["data_folder"]).name]
-    for name, value in arguments.items():
-        if name not in ("data_folder", "kind", "resume") and value != usual[name]:
-            flag = "--" + name.replace("_", "-")
-            words.append(flag if value is True else f"{flag}={value}")
-    return " ".join(words)
+def training_command(config: dict) -> str:
+    """The commands of config.json: the start, and each resume that changed a setting."""
+    first, *resumes = config.get("history") or [config]
+    entries = [first, *(entry for entry in resumes if entry.get("changed"))]
+    return "; ".join(entry.get("command") or "not recorded" for entry in entries)
 
 
 def summary(run: Path) -> dict:
-    """One run's figures; accuracies in per cent, on the validation set."""
-    config = json.loads((run / "config.json").read_text())
-    epochs, looks = rows_of(run / "metrics.jsonl"), rows_of(run / "evaluations.jsonl")
+    """One run's row; accuracies in per cent, on the validation set."""
+    config, epochs = read_json(run / "config.json"), read_metrics(run / "metrics.jsonl")
+    evaluations = read_jsonl(run / "evaluations.jsonl")
+    default = [row for row in evaluations if "attack" not in row]  # default_attack, or none
+    latest = {name: value for row in default for name, value in row.items()}
     last = epochs[-1]
-    usual = [look for look in looks if "attack" not in look]  # by default_attack, if by any
-    latest = {name: value for look in usual for name, value in look.items()}
     return {
         "run": run.name,
         "kind": config["kind"],
@@ -62,41 +58,43 @@ def summary(run: Path) -> dict:
         "attacked_top1": latest.get("attacked_top1"),
         "robust_top1": last.get("robust_top1_accuracy"),
         "images_per_second": last["images_per_second"],
-        "command": command_of(config["kind"], config["arguments"]),
-        "started": run.name.partition("_exp_")[2],
+        "command": training_command(config),
+        "started": kind_and_start(run)[1],
         **{key: config[key] for key in ("commit", "device", "torch")},
     }
 
 
 def table(rows: list[dict]) -> str:
-    lines = [HEAD, "|---|" + "---:|" * (HEAD.count("|") - 2)]
-    names = ["top1", "top5", "best_top1", "mirrored_top1", "attacked_top1", "robust_top1"]
-    names += ["images_per_second"]
+    """The rows in Markdown."""
+    lines = [f"| run | epochs | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (1 + len(COLUMNS))]
     for i, row in enumerate(rows, 1):
-        numbers = (f"{row[n]:.1f}" if row.get(n) is not None else "" for n in names)
-        lines.append(f"| {i}. {row['kind']} | {row['epochs']} | {' | '.join(numbers)} |")
+        values = (row.get(column) for column in COLUMNS.values())
+        cells = ("" if value is None else f"{value:.1f}" for value in values)
+        lines.append(f"| {i}. {row['kind']} | {row['epochs']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    """Add the runs to the record and write both files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path)
-    known = {row["run"]: row for row in json.loads((RESULTS / "training.json").read_text())}
-    known |= {run.name: summary(run) for run in parser.parse_args().runs}
-    rows = sorted(known.values(), key=lambda row: row["started"])
-    made = [
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    args = parser.parse_args(argv[1:])
+    by_run = {row["run"]: row for row in json.loads(RECORD.read_text())} if RECORD.exists() else {}
+    by_run |= {run.name: summary(run) for run in args.runs}
+    rows = sorted(by_run.values(), key=lambda row: row["started"])
+    sources = [
         f"{i}. {r['kind']}: `{r['command']}`, commit {r['commit']}, {r['device']}, "
         f"torch {r['torch']}, {r['started']}"
         for i, r in enumerate(rows, 1)
     ]
-    what = (
+    note = (
         "Accuracies in per cent; robust: under PGD-10 after the last epoch of adversarial training."
     )
-    text = f"# Training runs\n\n{what}\n\n{table(rows)}\n\n" + "\n".join(made)
-    (RESULTS / "training.md").write_text(text + "\n")
-    (RESULTS / "training.json").write_text(json.dumps(rows, indent=2) + "\n")
+    text = f"# Training runs\n\n{note}\n\n{table(rows)}\n\n" + "\n".join(sources)
+    RECORD.with_suffix(".md").write_text(text + "\n")
+    RECORD.write_text(json.dumps(rows, indent=2) + "\n")
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)
