@@ -47,6 +47,15 @@ def analysis(our_run, sample_root):
     return RunAnalysis(run, images, images.predict(net, "net"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_grid():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explorer, "EPSILONS", (0, 1, 4, 16))
+        patch.setattr(explorer, "STEPS", (1, 2, 5))
+        patch.setattr(explorer, "PROBED", 20)
+        yield
+
+
 @pytest.fixture(scope="module")
 def page_file(analysis, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
@@ -68,6 +77,7 @@ def page(request, browser, page_file):
     size = {"width": width, "height": height}
     touch = request.param == "telephone"
     context = browser.new_context(viewport=size, has_touch=touch, offline=True)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.mistakes = []
     page.on("pageerror", lambda error: page.mistakes.append(str(error)))
@@ -158,13 +168,13 @@ def test_another_image_and_the_assignments_attack(page, analysis):
     part(page, "epsilon").focus()
     part(page, "epsilon").press("ArrowLeft")  # a slider leaves the assignment's attack
     assert not part(page, "default").is_checked()
-    assert part(page, "epsilon").get_attribute("aria-valuetext") == "2"
+    assert part(page, "epsilon").get_attribute("aria-valuetext") == "4"
 
 
 def test_cells_of_the_heat_map_are_buttons(page, analysis, request):
-    cell = part(page, "heat").locator('button[data-e="5"][data-s="4"]')
+    cell = part(page, "heat").locator('button[data-e="2"][data-s="1"]')
     cell.tap() if "telephone" in request.node.name else cell.click()
-    clean, image = attacked(analysis, 0, explorer.EPSILONS[5], explorer.STEPS[4])
+    clean, image = attacked(analysis, 0, explorer.EPSILONS[2], explorer.STEPS[1])
     assert_shown(page, analysis, 0, clean, image)
     shown = [float(t) for t in part(page, "heat").locator("button").all_inner_texts()]
     grid = np.ravel(explorer.accuracies(analysis)["grid"])

@@ -384,5 +384,4 @@ def attack_explorer(a: RunAnalysis) -> Section | None:
         f"{steps} steps changes, {held} that hold. ε in 8-bit intensity levels (l_inf). The "
         "network sees the attacked image rounded to 8 bits, as shown."
     )
-    paper = Text("The page report.html has an explorer of this attack.", "note", media="paper")
-    return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption), paper])
+    return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption)])
