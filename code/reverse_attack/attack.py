@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def attack(args: Namespace) -> None:
     """Attack the images in each norm and store a set for each."""
-    options.check_epsilon(args.epsilon, args.norm)
+    options.check_epsilon(args.epsilon, args.norm, args.dataset)
     index = list_images(args.dataset, args.data_root, "test")
     loaded = classifier.from_args(args, len(index.classes))
     images = index.sample(args.seed, args.limit)

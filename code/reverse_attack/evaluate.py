@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 def evaluate(args: Namespace) -> None:
     """Run the protocol; write its tables to reverse_<protocol>.json and .md."""
-    options.check_epsilon(args.epsilon, "linf")
+    options.check_epsilon(args.epsilon, "linf", args.dataset)
     options.require_writable(args.results)
     index = data.list_images(args.dataset, args.data_root, "test")
     loaded = classifier.from_args(args, len(index.classes))

@@ -60,9 +60,14 @@ def parse(argv: Sequence[str]) -> Namespace:
     return options.parse(parser, argv, "inference.py")
 
 
+def reversal_norm(args: Namespace) -> str:
+    """The norm of the reversal: that of the attack, l_inf for clean images."""
+    return "linf" if args.norm == "clean" else args.norm
+
+
 def make_defence(args: Namespace, loaded: LoadedClassifier) -> Defence | None:
     """The change of the images before they are classified; None = none."""
-    norm = "linf" if args.norm == "clean" else args.norm
+    norm = reversal_norm(args)
     radius = REVERSAL_FACTOR * args.budgets[norm] if args.epsilon is None else args.epsilon
     if args.task == "default":
         return None
@@ -75,7 +80,7 @@ def make_defence(args: Namespace, loaded: LoadedClassifier) -> Defence | None:
 
 def infer(args: Namespace) -> None:
     """Evaluate the images of the command line; print and record the rows."""
-    options.check_epsilon(args.epsilon, args.norm)
+    options.check_epsilon(args.epsilon, reversal_norm(args), args.dataset)
     index = data.list_images(args.dataset, args.data_root, "test")
     loaded = classifier.from_args(args, len(index.classes))
     if args.norm == "clean":
@@ -114,23 +119,29 @@ def measure(
 
     x: (N, 3, H, W) in [0, 1]; the labels y (N,) reach neither the defence nor the classifier.
     """
-    norm = NORMS.get(args.norm, args.norm)
-    defences = {norm: None} | ({f"{norm} + {args.task}": defence} if defence else {})
-    rows = {}
-    for name, change in defences.items():
-        correct, losses = [], []
-        with measure_cost(model, len(x)) as cost:
-            for i in range(0, len(x), args.batch_size):
-                batch, labels = (v[i : i + args.batch_size] for v in (x, y))
-                batch = batch.to(args.device)
-                if change is not None:
-                    batch = change(batch, args.seed + i)
-                with torch.no_grad():
-                    logits = model(batch).cpu()
-                correct.append(logits.argmax(1) == labels)
-                losses.append(F.cross_entropy(logits, labels, reduction="none"))
-        rows[name] = Row(torch.cat(correct), torch.cat(losses), cost)
+    name = NORMS.get(args.norm, args.norm)
+    rows = {name: classify(model, x, y, None, args)}
+    if defence:
+        rows[f"{name} + {args.task}"] = classify(model, x, y, defence, args)
     return rows
+
+
+def classify(
+    model: Classifier, x: Tensor, y: Tensor, defence: Defence | None, args: Namespace
+) -> Row:
+    """Classify the images, changed by the defence first if there is one."""
+    correct, losses = [], []
+    with measure_cost(model, len(x)) as cost:
+        for i in range(0, len(x), args.batch_size):
+            batch, labels = (v[i : i + args.batch_size] for v in (x, y))
+            batch = batch.to(args.device)
+            if defence is not None:
+                batch = defence(batch, args.seed + i)
+            with torch.no_grad():
+                logits = model(batch).cpu()
+            correct.append(logits.argmax(1) == labels)
+            losses.append(F.cross_entropy(logits, labels, reduction="none"))
+    return Row(torch.cat(correct), torch.cat(losses), cost)
 
 
 def report(args: Namespace, loaded: LoadedClassifier, rows: dict[str, Row], source: dict) -> None:

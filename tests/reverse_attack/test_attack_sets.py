@@ -66,7 +66,8 @@ def test_transfer_takes_another_classifiers_set_only_where_there_is_no_own_one(t
     with pytest.raises(UserError, match="another checkpoint"):
         select(tmp_path)
     assert select(tmp_path, transfer=True) == other
-    assert select(tmp_path, transfer=True) != save(tmp_path) == select(tmp_path, transfer=True)
+    own = save(tmp_path)
+    assert select(tmp_path, transfer=True) == own != other
     with pytest.raises(UserError, match="no attack set called dlr"):
         select(tmp_path, part="dlr")
 

@@ -58,17 +58,20 @@ def test_flags_are_read_with_underscores_and_hyphens(spelling):
 )
 def test_an_epsilon_in_the_published_scripts_unit_is_one_line(norm, epsilon):
     with pytest.raises(UserError, match="1/255") as error:
-        options.check_epsilon(epsilon, norm)
+        options.check_epsilon(epsilon, norm, "cifar10")
     if norm == "l2":
         assert f"--epsilon {epsilon / 255:.6g}" in str(error.value)
 
 
-@pytest.mark.parametrize(("norm", "epsilon"), [("l2", 8.0), ("l1", 192.0), ("linf", 255.0)])
-def test_budgets_of_larger_images_are_accepted_in_silence(norm, epsilon, capsys):
-    options.check_epsilon(epsilon, norm)
-    options.check_epsilon(None, norm)
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "dataset"),
+    [("l2", 8.0, "cifar10"), ("l1", 384.0, "miniplaces"), ("linf", 255.0, "cifar10")],
+)
+def test_budgets_of_larger_images_are_accepted_in_silence(norm, epsilon, dataset, capsys):
+    options.check_epsilon(epsilon, norm, dataset)
+    options.check_epsilon(None, norm, dataset)
     assert capsys.readouterr() == ("", "")
-    options.check_epsilon(0.0, norm)
+    options.check_epsilon(0.0, norm, dataset)
     assert "leaves every image" in capsys.readouterr().err
 
 
