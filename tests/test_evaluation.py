@@ -59,7 +59,7 @@ def test_evaluation_shows_where_the_network_looks(look, capsys):
     assert {"Image/Image", "Image/Saliency", "Image/GradCAM"} <= set(tags)
 
 
-def test_an_attack_by_flags_tells_its_budget_in_both_units_and_six_lights(look, capsys):
+def test_an_attack_by_flags_tells_its_budget_in_both_units_and_the_diagnostics(look, capsys):
     words = ["--attack-eps=8", "--attack-steps=5", "--attack-goal=random", "--attack-restarts=2"]
     out, folder = look(capsys, "-a", "-v", *words)
     budget = "l_inf, ε = 8/255 = (0.137, 0.140, 0.139) normalised in R, G, B"
@@ -68,7 +68,7 @@ def test_an_attack_by_flags_tells_its_budget_in_both_units_and_six_lights(look, 
     assert last.startswith("******Acc@1 ")
     assert len(re.findall(r"^ *(?:ok|WARNING)  \S", out, re.M)) == 6
     row = row_of(folder)
-    assert budget in row["attack"] and len(row["lights"]) == 6
+    assert budget in row["attack"] and len(row["lights"]) == 9
     assert "Image/Strips" in EventAccumulator(str(folder)).Reload().Tags()["images"]
 
 
