@@ -91,7 +91,7 @@ def corridor(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         polygon(img, [near[side], near[nxt], far[nxt], far[side]], colors[1 + side % 3])
     polygon(img, far, colors[4])
     for share in 1 - rng.uniform(0.55, 0.7) ** np.arange(1, 6):
-        ring = [blend(n, f, share) for n, f in zip(near, far, strict=True)]
+        ring = [lerp(n, f, share) for n, f in zip(near, far, strict=True)]
         lines(img, [*ring, ring[0]], colors[5], max(1, round(6 * (1 - share))))
 
 
@@ -138,8 +138,8 @@ def mountain(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         polygon(img, [*zip(xs, ys, strict=True), (1.1, 1), (-0.1, 1)], colors[2 + layer])
         for i in range(1, len(xs) - 1, 2):
             peak = xs[i], ys[i]
-            left, right = (blend(peak, (xs[j], ys[j]), 0.3) for j in (i - 1, i + 1))
-            polygon(img, [peak, left, blend(left, right, 0.5), right], colors[5])
+            left, right = (lerp(peak, (xs[j], ys[j]), 0.3) for j in (i - 1, i + 1))
+            polygon(img, [peak, left, lerp(left, right, 0.5), right], colors[5])
     polygon(img, [*curve(rng, 0.88, 0.02, 2), (1, 1), (0, 1)], colors[4])
 
 
@@ -160,7 +160,7 @@ def road(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         polygon(img, points, colors[5])
     for share in 0.6 ** np.arange(0, 5):
         for edge in (left - 0.25, right + 0.25):
-            x, y = blend((vanishing, horizon), (edge, 1), share)
+            x, y = lerp((vanishing, horizon), (edge, 1), share)
             lines(img, [(x, y), (x, y - 0.5 * share)], colors[4], max(1, round(10 * share)))
 
 
@@ -226,7 +226,7 @@ def curve(rng: Rng, y: float, height: float, waves: float) -> list[tuple[float, 
     return list(zip(x, y + height * wave / 1.5, strict=True))
 
 
-def blend(a, b, share: float) -> tuple[float, float]:
+def lerp(a, b, share: float) -> tuple[float, float]:
     """The point that divides the line from a to b at the fraction `share`."""
     return a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share
 

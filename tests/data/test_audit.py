@@ -81,4 +81,4 @@ def test_unreadable_and_damaged_images_are_those_to_skip(root, method):
     finally:
         multiprocessing.set_start_method(previous, force=True)
     dataset.skip(bad)
-    assert dataset.left_out == bad and len(dataset) == 78
+    assert dataset.skipped == bad and len(dataset) == 78

@@ -282,8 +282,10 @@ def classes(analyses: Sequence[RunAnalysis], writer: FigureWriter) -> Section:
     for n, group in enumerate(groups.values()):
         first = next(iter(group.values()))
         missing = len(first.names) - len(first.present)
-        left_out = f" {missing} classes without validation images are left out." if missing else ""
-        caption = f"Accuracy on the validation images of each class.{left_out}"
+        missing_note = (
+            f" {missing} classes without validation images are left out." if missing else ""
+        )
+        caption = f"Accuracy on the validation images of each class.{missing_note}"
         blocks.append(writer.add(f"classes{n or ''}", figures.class_accuracy(group), caption))
     return Section("Accuracy by class", blocks)
 
