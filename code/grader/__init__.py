@@ -1,0 +1,1 @@
+"""A class of submissions: found, unpacked, run in a sandbox, judged in another process."""

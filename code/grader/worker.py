@@ -1,0 +1,68 @@
+"""Run the probes on a submission, in the sandbox, and write what they find to a pipe.
+
+    python worker.py '{"folder": ..., "checks": [...], ...}'
+
+Each frame is 8 bytes of length and an observation, saved by torch. An empty frame comes first: the
+sandbox is ready. The second is the observation of the import.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import sys
+import threading
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from grader import sandbox  # noqa: E402
+
+
+def main(job: dict) -> None:
+    """Observe the import, then the checks; end early if a probe left a thread behind."""
+    sandbox.when_parent_ends(job["parent"], lambda: os._exit(1))
+    sandbox.confine(Path(job["folder"]), [Path(path) for path in job["hidden"]])
+    import self_check  # after confine, which holds for threads that are started later
+    from checks.grading import observe
+
+    sandbox.limit_resources(job["isolated"])
+    send(job["pipe"], b"")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
+    sys.path[0] = job["folder"]
+    limit, threads = job["limit"], threading.active_count()
+    sandbox.limit_cpu(limit)
+    send(job["pipe"], saved(observe(self_check.IMPORT, None, limit=limit)))
+    code = sys.modules.get("student_code")
+    for number in job["checks"]:
+        sandbox.limit_cpu(limit)
+        send(job["pipe"], saved(observe(self_check.RUBRIC[number], code, limit=limit)))
+        if threading.active_count() > threads:
+            break
+
+
+def saved(observation) -> bytes:
+    """The observation as `torch.save` writes it."""
+    import torch
+
+    file = io.BytesIO()
+    torch.save(observation.as_dict(), file)
+    return file.getvalue()
+
+
+def send(pipe: int, data: bytes, process: int = os.getpid()) -> None:
+    """Write a frame; a process that the submission forked writes none."""
+    if os.getpid() != process:
+        os._exit(0)
+    left = struct.pack("<Q", len(data)) + data
+    while left:
+        left = left[os.write(pipe, left) :]
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
+    os._exit(0)
