@@ -28,7 +28,9 @@ from tqdm import tqdm
 
 from checks.grading import CPU_LIMIT, WALL_FACTOR
 from grader.gradebook import Row, format_table, write_csv
+from grader.judge import find_isolation
 from grader.records import load_record, printable, rubric_digest
+from grader.sandbox import describe
 from grader.submissions import CODE, Submission, looks_like_one, read
 from utils import UserError
 
@@ -180,6 +182,8 @@ def grade_class(args: argparse.Namespace) -> int:
         print(f"skipped {printable(name)}: neither a zip, a folder nor a .py file")
     if not jobs and not refused:
         raise UserError(f"there is no submission in {args.submissions}")
+    if warning := describe(find_isolation()):
+        print(f"warning: {warning}", file=sys.stderr)
     try:
         this.out.mkdir(parents=True, exist_ok=True)
         this.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -22,16 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch  # noqa: E402
+import torch
 
-from checks.grading import CPU_LIMIT, WALL_FACTOR, Observation, Result, judge  # noqa: E402
-from grader import sandbox  # noqa: E402
-from grader.records import write_record  # noqa: E402
-from grader.submissions import CODE, Submission, read  # noqa: E402
-from self_check import RUBRIC  # noqa: E402
-from utils import UserError  # noqa: E402
+from checks.grading import CPU_LIMIT, WALL_FACTOR, Observation, Result, judge
+from grader import sandbox
+from grader.records import write_record
+from grader.submissions import CODE, Submission, read
+from self_check import RUBRIC
+from utils import UserError
 
 MAX_FRAME = 2**27  # bytes of an observation
 START_LIMIT = 600.0  # seconds until a worker has imported torch, on a machine under full load

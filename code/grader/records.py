@@ -10,7 +10,7 @@ from pathlib import Path
 
 from checks.grading import Result
 from grader.submissions import CODE, Submission
-from self_check import format_result, results_json, total
+from self_check import format_result, results_json
 
 RESULTS, REPORT = "results.json", "report.txt"
 
@@ -24,24 +24,31 @@ def rubric_digest() -> str:
     return content.hexdigest()
 
 
-def write_record(
-    folder: Path, submission: Submission, results: Sequence[Result], limit: float, seconds: float
-) -> None:
-    """Write report.txt, then results.json: a record without the second is no record."""
+def make_record(submission: Submission, results: Sequence[Result], seconds: float) -> dict:
+    """Gradescope's results.json; `extra_data` holds what load_record and the gradebook need."""
     others = ", ".join(map(str, submission.others))
     notes = [f"graded: {submission.path}; it differs from {others}"] if others else []
-    lines = [*notes, *map(format_result, results), "", total(results)]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / REPORT, printable("\n".join(lines)) + "\n")
     record = results_json(results, seconds)
+    record["output"] = "\n".join([*notes, record["output"]])
     record["extra_data"] = {
         "submission": submission.digest,
         "rubric": rubric_digest(),
-        "cpu_limit": limit,
         "file": str(submission.path),
         "notes": notes,
         "points": _sums(results),
     }
+    return record
+
+
+def write_record(
+    folder: Path, submission: Submission, results: Sequence[Result], limit: float, seconds: float
+) -> None:
+    """Write report.txt, then results.json: a record without the second is no record."""
+    record = make_record(submission, results, seconds)
+    record["extra_data"]["cpu_limit"] = limit
+    lines = [*map(format_result, results), "", record["output"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / REPORT, printable("\n".join(lines)) + "\n")
     write_atomically(folder / RESULTS, json.dumps(record, indent=2) + "\n")
 
 

@@ -16,9 +16,10 @@ import sys
 import threading
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from grader import sandbox  # noqa: E402
+from grader import sandbox
 
 
 def main(job: dict) -> None:
