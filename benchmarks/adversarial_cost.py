@@ -17,9 +17,9 @@ from results_file import provenance, write_section
 from small_images import PIXELS
 from torch import nn
 
-import engine
-from adversarial_training import STEPS, AdversarialTraining, ordinary
-from engine import Clock, Place, Tally
+from deepvision.training import engine
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
+from deepvision.training.objectives import STEPS, AdversarialTraining, standard
 from student_code import SimpleNet
 from utils import LinearWarmupCosineAnnealingLR
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.manual_seed(0)
-    place = Place(torch.device("cpu"))
+    place = DeviceContext(torch.device("cpu"))
     model = SimpleNet(num_classes=10).to(memory_format=place.memory_format)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     scheduler = LinearWarmupCosineAnnealingLR(optimizer, 0, 10**6)
@@ -40,12 +40,12 @@ def main() -> None:
         parts = (model, [batch], nn.CrossEntropyLoss(), optimizer, scheduler, place)
         start = time.process_time()
         for _ in engine.train_epoch(
-            *parts, Tally(place.device), Clock(), seed=0, objective=objective
+            *parts, EpochMetrics(place.device), StepTimer(), seed=0, objective=objective
         ):
             pass
         return time.process_time() - start
 
-    modes = {"ordinary": ordinary}
+    modes = {"ordinary": standard}
     for mode, steps in STEPS.items():
         modes[mode] = AdversarialTraining(mode=mode, steps=steps, pixels=PIXELS)
     seconds = {name: [] for name in modes}

@@ -16,9 +16,9 @@ from results_file import provenance, write_section
 from small_images import BATCH, PIXELS, load, train
 from trained import interval
 
-from adversarial_training import AdversarialTraining, ordinary
-from attacks import PGD
-from robustness import accuracy
+from deepvision.attacks.diagnostics import accuracy
+from deepvision.attacks.pgd import PGD
+from deepvision.training.objectives import AdversarialTraining, standard
 
 EPSILON = 4.0  # of 255
 TINY = 0.01 * 255 * sum(PIXELS.std) / 3  # 0.01 in the assignment's normalised units
@@ -52,7 +52,7 @@ def main() -> None:
     )
     lines = [head, "", "| training | clean | PGD-10, 4/255 |", "|---|---:|---:|"]
     for name, change in QUESTIONS.items():
-        objective = ordinary if change is None else AdversarialTraining(**recipe | change)
+        objective = standard if change is None else AdversarialTraining(**recipe | change)
         model = train(objective, *train_set, args.epochs, seed=0)
         found = (accuracy(model, images, y) for images in (x, attack.perturb(model, x, y)))
         lines.append(f"| {name} | {' | '.join(map(interval(len(y)), found))} |")

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "code"))
 from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, write  # noqa: E402
 from results_file import circumstances, processor  # noqa: E402
 
-from engine import device_name  # noqa: E402
+from deepvision.training.engine import device_name  # noqa: E402
 from student_code import CustomConv2d, SimpleNet  # noqa: E402
 
 

@@ -36,11 +36,11 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "code"))
 
-import checkpoint  # noqa: E402
-from adversarial_training import Watchdog  # noqa: E402
 from custom_dataloader import read_label_file  # noqa: E402
 from custom_transforms import CenterCrop, Compose, Scale  # noqa: E402
-from engine import Tally  # noqa: E402
+from deepvision import checkpoint  # noqa: E402
+from deepvision.training.engine import EpochMetrics  # noqa: E402
+from deepvision.training.objectives import CatastrophicOverfittingGuard  # noqa: E402
 from utils import UserError, load_image  # noqa: E402
 
 PATIENCE = 20  # seconds
@@ -120,7 +120,9 @@ class Training:
             "progress": {"position": 2, "tally": [1.0, 2.0, 3.0, 32.0, 2.0], "order": {"-b": 16}},
             "trained": self.model.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "watchdog": Watchdog(10.0, 40.0, 2, self.model.state_dict()).state(),
+            "watchdog": CatastrophicOverfittingGuard(
+                10.0, 40.0, 2, self.model.state_dict()
+            ).state(),
         }
 
 
@@ -147,12 +149,12 @@ def checkpoints(rng: random.Random, folder: Path) -> None:
     if content.get("trained") is not None:
         checkpoint.load_weights(training.model, content, path, "trained")
     checkpoint.load_optimizer(training.optimizer, content)
-    progress, _ = checkpoint.progress_of(content, {"-b": 16})
-    checkpoint.left_out(content)
+    progress, _ = checkpoint.load_progress(content, {"-b": 16})
+    checkpoint.skipped_images(content)
     checkpoint.load_scaler(training.scaler, content)
-    checkpoint.load_watchdog(Watchdog(10.0), training.model, content)
+    checkpoint.load_watchdog(CatastrophicOverfittingGuard(10.0), training.model, content)
     if progress.tally:
-        Tally(torch.device("cpu")).restore(progress.tally)
+        EpochMetrics(torch.device("cpu")).restore(progress.tally)
     training.step()
 
 

@@ -31,8 +31,6 @@ from torch.utils.data import DataLoader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-import image_cache  # noqa: E402
-from batches import Batches, training_batches  # noqa: E402
 from custom_affine import inscribed_size  # noqa: E402
 from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import (  # noqa: E402
@@ -48,7 +46,9 @@ from custom_transforms import (  # noqa: E402
     Scale,
     ToTensor,
 )
-from engine import Place  # noqa: E402
+from deepvision.data import cache  # noqa: E402
+from deepvision.data.loader import SeededLoader, training_batches  # noqa: E402
+from deepvision.training.engine import DeviceContext  # noqa: E402
 
 BATCH = 100
 TENSOR = [ToTensor(), Normalize(IMAGENET_MEAN, IMAGENET_STD)]
@@ -137,14 +137,14 @@ def loaders(data: Path, split: str, images: int) -> dict[str, DataLoader]:
     def subset(transforms: Compose, kind: type = MiniPlacesLoader) -> MiniPlacesLoader:
         dataset = kind(data, num_classes=10_000, split=split, transforms=transforms)
         step = max(1, len(dataset) // images)  # all over the list: every category
-        dataset.leave_out(set(dataset.paths) - set(dataset.paths[::step][:images]))
+        dataset.skip(set(dataset.paths) - set(dataset.paths[::step][:images]))
         return dataset
 
     def plain(*way: object) -> DataLoader:
         return DataLoader(subset(*way), BATCH, shuffle=True, drop_last=True)
 
     cached = subset(Compose(OURS[split]))
-    image_cache.keep(cached, "ram", 0, torch.device("cpu"))
+    cache.enable_cache(cached, "ram", 0, torch.device("cpu"))
     return {
         "course's way": plain(StepByStep(COURSE[split]), CourseImages),
         "ours, step by step": plain(StepByStep(OURS[split])),
@@ -157,7 +157,7 @@ def loaders(data: Path, split: str, images: int) -> dict[str, DataLoader]:
 def turn(loader: DataLoader, trains: bool) -> Work:
     """A pass over all batches; in a process that trains, memory is treated as the trainer does."""
     if trains:
-        Place(torch.device("cpu"))
+        DeviceContext(torch.device("cpu"))
 
     def work() -> None:
         for _ in loader:
@@ -168,7 +168,9 @@ def turn(loader: DataLoader, trains: bool) -> Work:
 
 def measure(ways: dict[str, DataLoader], rounds: int) -> dict[str, list[float]]:
     """Images per second of CPU time, of each way in each round."""
-    turns = {n: partial(turn, loader, isinstance(loader, Batches)) for n, loader in ways.items()}
+    turns = {
+        n: partial(turn, loader, isinstance(loader, SeededLoader)) for n, loader in ways.items()
+    }
     return {
         name: [len(ways[name]) * BATCH / seconds for seconds in values]
         for name, values in cpu_seconds(turns, rounds).items()

@@ -20,8 +20,8 @@ from results_file import ROOT, provenance
 sys.path.insert(0, str(ROOT / "code"))
 
 import custom_transforms  # noqa: E402
-import logbook  # noqa: E402
 import main  # noqa: E402
+from deepvision.runtime import run_logger  # noqa: E402
 
 PATHS = {"fused": custom_transforms.FUSED, "step by step": {}}
 LAST = 3  # epochs whose mean is a run's accuracy
@@ -32,7 +32,7 @@ def train(path: str, seed: int, args: argparse.Namespace) -> list[float]:
     custom_transforms.FUSED = PATHS[path]  # the workers are forked: they see it, too
     words = [str(args.data), f"--epochs={args.epochs}", f"--seed={seed}", "-b=64", "--gpu=-1"]
     with tempfile.TemporaryDirectory() as folder:
-        logbook.LOGS = Path(folder)
+        run_logger.LOGS = Path(folder)
         if code := main.main([*words, "-j=1", "--warmup=1", "--amp=bf16", "-p=50"]):
             sys.exit(code)
         (metrics,) = Path(folder).glob("*/metrics.jsonl")

@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT / "code"))
 from side_by_side import Ways, Work, measure, options, write  # noqa: E402
 from train_step import NETWORKS, as_in_the_course  # noqa: E402
 
-from attacks import PGD  # noqa: E402
-from engine import Place  # noqa: E402
+from deepvision.attacks.pgd import PGD  # noqa: E402
+from deepvision.training.engine import DeviceContext  # noqa: E402
 from student_code import PGDAttack  # noqa: E402
 
 EPSILON, STEP_SIZE = 0.1, 0.01
@@ -50,9 +50,9 @@ def course_attack(model: nn.Module, x: Tensor, steps: int) -> Work:
 
 
 def our_attack(model: nn.Module, x: Tensor, perturb: Perturb) -> Work:
-    place = Place(torch.device("cpu"))
-    place.network(model)
-    laid_out = place.images(x)
+    place = DeviceContext(torch.device("cpu"))
+    place.prepare_model(model)
+    laid_out = place.to_device_images(x)
     return lambda: perturb(model, laid_out)
 
 

@@ -14,8 +14,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from engine import device_name  # noqa: E402
-from logbook import commit  # noqa: E402
+from deepvision.runtime.run_logger import commit  # noqa: E402
+from deepvision.training.engine import device_name  # noqa: E402
 
 
 def write_section(name: str, title: str, text: str) -> None:

@@ -18,13 +18,11 @@ import torch
 from results_file import ROOT, provenance, write_section
 from torch import Tensor, nn
 
-sys.path[1:1] = [str(ROOT / "code"), str(ROOT / "code" / "reverse_attack")]
-import classifier  # noqa: E402
-import data  # noqa: E402
-import options  # noqa: E402
-from attacks import APGD, PGD  # noqa: E402
-from intervals import percent  # noqa: E402
-from reversal import BUDGETS, pixels_of  # noqa: E402
+sys.path.insert(1, str(ROOT / "code"))
+from deepvision.attacks.pgd import APGD, PGD  # noqa: E402
+from reverse_attack import classifier, data, options  # noqa: E402
+from reverse_attack.intervals import percent  # noqa: E402
+from reverse_attack.reversal import BUDGETS, pixels_of  # noqa: E402
 
 STEPS = (20, 100)
 

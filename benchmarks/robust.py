@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from trained import best_network, interval, validation_images
 from training import command_of
 
-from adversarial_training import STEPS, AdversarialTraining, ordinary
-from attacks import APGD, PGD, Attack
-from geometry import Pixels
-from robustness import accuracy, budget, health_lights, noisy
-from square_attack import Square
+from deepvision.attacks.diagnostics import accuracy, add_random_noise, budget, run_diagnostics
+from deepvision.attacks.norms import InputScale
+from deepvision.attacks.pgd import APGD, PGD, Attack
+from deepvision.attacks.square import Square
+from deepvision.training.objectives import STEPS, AdversarialTraining, standard
 
 
-def attacks(pixels: Pixels, side: int) -> dict[str, Attack]:
+def attacks(pixels: InputScale, side: int) -> dict[str, Attack]:
     """l_2 and l_1 as large as l_inf's 4/255 would be if it moved a 16th of the pixels so far."""
     d = 3 * side * side
     options = {"pixels": pixels, "early_stop": True}
@@ -50,11 +50,15 @@ def attacks(pixels: Pixels, side: int) -> dict[str, Attack]:
 
 
 def row_values(
-    model: nn.Module, x: Tensor, y: Tensor, pixels: Pixels, wanted: list[str]
+    model: nn.Module, x: Tensor, y: Tensor, pixels: InputScale, wanted: list[str]
 ) -> Iterator[tuple]:
     """(name, accuracy in per cent, seconds) of one network, line by line."""
     yield "clean", accuracy(model, x, y), 0.0
-    yield "noise of the same size", accuracy(model, noisy(x, PGD(epsilon=4, pixels=pixels)), y), 0.0
+    yield (
+        "noise of the same size",
+        accuracy(model, add_random_noise(x, PGD(epsilon=4, pixels=pixels)), y),
+        0.0,
+    )
     for name, attack in attacks(pixels, x.shape[-1]).items():
         if wanted and name not in wanted:
             continue
@@ -78,7 +82,7 @@ def how_trained(run: Path) -> str:
 def trained_here(args: argparse.Namespace) -> tuple[dict[str, nn.Module], Tensor, Tensor]:
     train_set = load(args.data / "train", args.train)
     steps = args.epochs * (args.train // BATCH)
-    objectives = {"plain": ordinary}
+    objectives = {"plain": standard}
     for mode in STEPS:
         options = {"steps": STEPS[mode], "ramp": (steps // 4, 3 * steps // 4)}
         objectives[mode] = AdversarialTraining(mode=mode, pixels=PIXELS, **options)
@@ -111,7 +115,7 @@ def main() -> None:
             columns[name][line] = interval(len(y))(found)
             print(name, line, columns[name][line], f"{seconds:.0f} s", flush=True)
         attack = PGD(epsilon=4, steps=20, pixels=PIXELS)
-        found = [light.line() for light in health_lights(model, *probed, attack) if light.warns]
+        found = [light.line() for light in run_diagnostics(model, *probed, attack) if light.warns]
         lights += [f"- {name}: {line.strip()}" for line in found or ["no light warns"]]
     first = next(iter(columns.values()))
     table = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]

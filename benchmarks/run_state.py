@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from logbook import OF_THE_MACHINE  # noqa: E402
+from deepvision.runtime.run_logger import OF_THE_MACHINE  # noqa: E402
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each point it purges
 

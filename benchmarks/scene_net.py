@@ -32,15 +32,15 @@ sys.path.insert(0, str(ROOT / "code"))
 
 from scene_net_table import HALF, write_tables  # noqa: E402
 
-import checkpoint  # noqa: E402
-import logbook  # noqa: E402
 import main  # noqa: E402
-import networks  # noqa: E402
-import recipe  # noqa: E402
-from batches import validation_batches  # noqa: E402
 from custom_blocks import DropPath  # noqa: E402
 from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
-from scene_net import Block, SceneNet, convolution  # noqa: E402
+from deepvision import checkpoint  # noqa: E402
+from deepvision.data.loader import validation_batches  # noqa: E402
+from deepvision.models import registry  # noqa: E402
+from deepvision.models.scene_net import Block, SceneNet, conv_bn  # noqa: E402
+from deepvision.runtime import run_logger  # noqa: E402
+from deepvision.training import optim  # noqa: E402
 from student_code import SimpleNet, get_val_transforms  # noqa: E402
 
 RECORD = ROOT / "results" / "scene_net.json"
@@ -60,7 +60,7 @@ class Variant:
     build: Callable[[int], nn.Module]
     flags: tuple[str, ...] = ()
     kind: str = "scene_net"
-    groups: Callable[[nn.Module], Iterable] = recipe.decayed_and_not
+    groups: Callable[[nn.Module], Iterable] = optim.weight_decay_groups
 
 
 def with_batch_norm(classes: int) -> nn.Module:
@@ -118,7 +118,7 @@ def strided(classes: int) -> SceneNet:
         if isinstance(layer, nn.MaxPool2d):
             block, net.features[i] = net.features[i + 1], nn.Identity()
             if isinstance(block.shortcut, nn.Identity):  # the first stage's
-                block.shortcut = nn.Sequential(*convolution(32, 32, kernel=1))
+                block.shortcut = nn.Sequential(*conv_bn(32, 32, kernel=1))
             block.branch[0].stride = block.shortcut[0].stride = (2, 2)
     return net
 
@@ -205,22 +205,22 @@ def carry_out(run: Run, train: Path, judge: Path) -> dict:
     variant = {**COMPARED, **ABLATIONS}[run.name]
     flags = [f"--epochs={run.epochs}", f"--seed={run.seed}", *SHARED, *variant.flags]
     flags += ["--use-scene-net"] if variant.kind == "scene_net" else []
-    logbook.LOGS = WORK / "runs"
-    before, start = set(logbook.LOGS.glob("*")), time.process_time()
+    run_logger.LOGS = WORK / "runs"
+    before, start = set(run_logger.LOGS.glob("*")), time.process_time()
     with (
-        mock.patch.dict(networks.BUILDERS, {variant.kind: variant.build}),
-        mock.patch.object(recipe, "decayed_and_not", variant.groups),
+        mock.patch.dict(registry.MODEL_REGISTRY, {variant.kind: variant.build}),
+        mock.patch.object(optim, "decayed_and_not", variant.groups),
     ):
         if main.main([str(train), *flags]) != 0:
             raise SystemExit("this run failed; started again, the benchmark goes on with it")
     seconds = time.process_time() - start
-    (folder,) = set(logbook.LOGS.glob("*")) - before
+    (folder,) = set(run_logger.LOGS.glob("*")) - before
     return {
         **asdict(run),
         "cpu_seconds": round(seconds, 1),
         **judged(variant, checkpoint.load(folder / "models" / checkpoint.LAST), judge),
         "command": " ".join(["python main.py", train.parent.name, *flags]),
-        "commit": logbook.commit(),
+        "commit": run_logger.commit(),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-import engine  # noqa: E402
-from adversarial_training import Objective  # noqa: E402
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from engine import Clock, Place, Tally  # noqa: E402
-from geometry import Pixels  # noqa: E402
+from deepvision.attacks.norms import InputScale  # noqa: E402
+from deepvision.training import engine  # noqa: E402
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer  # noqa: E402
+from deepvision.training.objectives import Objective  # noqa: E402
 from student_code import SimpleNet  # noqa: E402
 from utils import LinearWarmupCosineAnnealingLR, load_image, resize_image  # noqa: E402
 
 SIDE, PAD, BATCH = 32, 4, 64
-PIXELS = Pixels("255", IMAGENET_MEAN, IMAGENET_STD)
+PIXELS = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
 
 
 def load(folder: Path, images: int) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def batches(x: Tensor, y: Tensor, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 def train(objective: Objective, x: Tensor, y: Tensor, epochs: int, seed: int) -> nn.Module:
     """A SimpleNet from scratch by the engine of main.py: SGD, warm-up of an epoch, cosine."""
     torch.manual_seed(seed)
-    place = Place(torch.device("cpu"))
+    place = DeviceContext(torch.device("cpu"))
     model = SimpleNet(num_classes=int(y.max()) + 1).to(memory_format=place.memory_format)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     steps = len(x) // BATCH
@@ -69,8 +69,8 @@ def train(objective: Objective, x: Tensor, y: Tensor, epochs: int, seed: int) ->
             optimizer,
             scheduler,
             place,
-            Tally(place.device),
-            Clock(),
+            EpochMetrics(place.device),
+            StepTimer(),
             seed=seed,
             objective=objective,
         )

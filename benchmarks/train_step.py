@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT / "code"))
 from input import COURSE, OURS, CourseImages, StepByStep  # noqa: E402
 from side_by_side import Ways, Work, measure, options, write  # noqa: E402
 
-import engine  # noqa: E402
-from batches import training_batches  # noqa: E402
 from custom_dataloader import MiniPlacesLoader  # noqa: E402
 from custom_transforms import Compose  # noqa: E402
-from engine import Clock, Place, Tally  # noqa: E402
+from deepvision.data.loader import training_batches  # noqa: E402
+from deepvision.training import engine  # noqa: E402
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer  # noqa: E402
 from student_code import Attention, default_cnn_model, default_vit_model  # noqa: E402
 from utils import AverageMeter, LinearWarmupCosineAnnealingLR  # noqa: E402
 
@@ -84,12 +84,12 @@ def our_loop(
     model: nn.Module,
     loader: DataLoader,
     steps: int,
-    clock: Clock,
+    clock: StepTimer,
     amp: torch.dtype | None = None,
 ) -> Work:
-    place = Place(torch.device("cpu"), amp)
-    optimizer, scheduler = optimizer_and_schedule(place.network(model))
-    tally = Tally(place.device)
+    place = DeviceContext(torch.device("cpu"), amp)
+    optimizer, scheduler = optimizer_and_schedule(place.prepare_model(model))
+    tally = EpochMetrics(place.device)
 
     def work() -> None:
         batches = islice(loader, steps)
@@ -112,8 +112,8 @@ def ways(name: str, args: argparse.Namespace) -> Ways:
     fused = training_batches(data(Compose(OURS["train"]), MiniPlacesLoader), args.batch_size, 1, 0)
     return {
         "course's loop": lambda: course_loop(theirs, course, args.steps),
-        "ours": lambda: our_loop(ours, fused, args.steps, Clock()),
-        "ours, --amp=bf16": lambda: our_loop(ours, fused, args.steps, Clock(), torch.bfloat16),
+        "ours": lambda: our_loop(ours, fused, args.steps, StepTimer()),
+        "ours, --amp=bf16": lambda: our_loop(ours, fused, args.steps, StepTimer(), torch.bfloat16),
     }
 
 
@@ -122,8 +122,8 @@ def share_of_waiting(args: argparse.Namespace) -> float:
     dataset = MiniPlacesLoader(args.data, num_classes=10_000, transforms=Compose(OURS["train"]))
     loader = training_batches(dataset, args.batch_size, 1, workers=1)
     model = default_cnn_model(num_classes=100)
-    our_loop(model, loader, 1, Clock())()
-    clock = Clock()
+    our_loop(model, loader, 1, StepTimer())()
+    clock = StepTimer()
     our_loop(model, loader, 9, clock)()
     return clock.data.sum / clock.step.sum
 

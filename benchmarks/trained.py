@@ -11,11 +11,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-import checkpoint  # noqa: E402
-import networks  # noqa: E402
-from batches import held_out_batch  # noqa: E402
 from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
-from robustness import wilson  # noqa: E402
+from deepvision import checkpoint  # noqa: E402
+from deepvision.attacks.diagnostics import wilson  # noqa: E402
+from deepvision.data.loader import fixed_subset_batch  # noqa: E402
+from deepvision.models import registry  # noqa: E402
 from student_code import get_val_transforms  # noqa: E402
 
 
@@ -23,7 +23,7 @@ def best_network(run: Path, data: Path) -> tuple[str, nn.Module]:
     """A run's best network, in evaluation mode, and its name with the epochs it trained."""
     path = run / "models" / checkpoint.BEST
     content = checkpoint.load(path)
-    model = networks.build(content["kind"], count_classes(data)).eval()
+    model = registry.create_model(content["kind"], count_classes(data)).eval()
     checkpoint.load_weights(model, content, path)
     return f"{run.name}, epoch {content['epoch']}", model
 
@@ -31,7 +31,7 @@ def best_network(run: Path, data: Path) -> tuple[str, nn.Module]:
 def validation_images(data: Path, n: int) -> tuple[Tensor, Tensor]:
     classes = count_classes(data)
     val_set = MiniPlacesLoader(data, None, classes, "val", get_val_transforms())
-    return held_out_batch(val_set, n)
+    return fixed_subset_batch(val_set, n)
 
 
 def interval(n: int) -> Callable[[float], str]:

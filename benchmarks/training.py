@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-import recipe  # noqa: E402
-from arguments import build_parser  # noqa: E402
+from deepvision.config import build_parser  # noqa: E402
+from deepvision.training import optim  # noqa: E402
 
 RESULTS = ROOT / "results"
 HEAD = "| run | epochs | top-1 | top-5 | best top-1 | mirrored | attacked | robust | images/s |"
@@ -31,7 +31,7 @@ def command_of(kind: str, arguments: dict) -> str:
     """The command line that gives these arguments; of the data and weights their names alone."""
     parser = build_parser()
     usual = {name: parser.get_default(name) for name in arguments}
-    usual |= recipe.RECIPES.get(kind, recipe.COURSE)
+    usual |= optim.RECIPES.get(kind, optim.DEFAULTS)
     if not (arguments["pgd"] or arguments.get("at")):  # its default was 3, now it is the mode's
         arguments = {**arguments, "pgd_steps": usual["pgd_steps"]}
     if arguments.get("weights"):

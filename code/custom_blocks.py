@@ -1,7 +1,10 @@
-"""Transformer pieces that are no part of the exercise: patches, windows, MLP, stochastic depth.
+"""Transformer parts that are not part of the exercise: patches, windows, MLP, stochastic depth.
 
 Tokens keep their place on the image grid throughout: `(B, H, W, C)`, as in ViTDet
 (Li et al., 2022, "Exploring Plain Vision Transformer Backbones for Object Detection").
+
+The editions 2022 and 2023 of the assignment import Attention, TransformerBlock and Mlp from here;
+from 2024 on they are the student's.
 """
 
 from __future__ import annotations
@@ -12,8 +15,11 @@ from torch.nn.init import trunc_normal_
 
 __all__ = [
     "MLP",
+    "Attention",
     "DropPath",
+    "Mlp",
     "PatchEmbed",
+    "TransformerBlock",
     "drop_path",
     "trunc_normal_",
     "window_partition",
@@ -83,6 +89,9 @@ class MLP(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+Mlp = MLP  # its name in the editions 2022 and 2023
+
+
 def drop_path(
     x: Tensor, drop_prob: float = 0.0, training: bool = False, scale_by_keep: bool = True
 ) -> Tensor:
@@ -111,3 +120,63 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:g}"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of a grid: `(B, H, W, C)` -> `(B, H, W, C)`.
+
+    Vaswani et al., 2017, "Attention Is All You Need", section 3.2.2.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`: bool `(B, H, W)`, true where a token may be attended to."""
+        B, H, W, _ = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        keys = None if mask is None else mask.reshape(B, 1, 1, H * W)
+        out = F.scaled_dot_product_attention(*qkv, attn_mask=keys)  # (B, heads, N, head_dim)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block, attention then MLP, each a residual branch: `(B, H, W, C)` -> the same.
+
+    With `window_size` > 0 a token attends only to those of its window; padding is masked.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path: float = 0.0,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        window_size: int = 0,
+    ):
+        super().__init__()
+        self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), act_layer=act_layer)
+        self.drop_path = DropPath(drop_path)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Attention over all tokens, or within windows."""
+        if self.window_size == 0:
+            return self.attn(x)
+        H, W = x.shape[1:3]
+        windows, pad_hw = window_partition(x, self.window_size)
+        real, _ = window_partition(x.new_ones(*x.shape[:3], 1), self.window_size)  # 0 where padded
+        out = self.attn(windows, real.squeeze(-1) > 0)
+        return window_unpartition(out, self.window_size, pad_hw, (H, W))

@@ -58,7 +58,7 @@ class MiniPlacesLoader(Dataset):
         self.paths, self.labels = read_label_file(self.label_file, num_classes)
         self.left_out: list[str] = []
 
-    def leave_out(self, names: Iterable[str]) -> None:
+    def skip(self, names: Iterable[str]) -> None:
         """Do without these images; `left_out` lists those that were there.
 
         Raises:

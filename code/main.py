@@ -1,190 +1,168 @@
 """Train, evaluate or attack a scene classifier. Run from code/:
 
-python main.py ../data --epochs=60                                                train
-python main.py ../data --epochs=60 --resume=../logs/RUN/models/checkpoint.pth.tar go on
-python main.py ../data --resume=../logs/RUN/models/model_best.pth.tar -e -v       evaluate
-python main.py ../data --resume=../logs/RUN/models/model_best.pth.tar -a -v       attack
-tensorboard --logdir=../logs/RUN                                                  look
+python main.py ../data --epochs=60                  train SimpleNet
+python main.py ../data --resume=../logs/RUN         resume a run
+python main.py ../data --resume=../logs/RUN -e -v   evaluate its best network
+python main.py ../data --resume=../logs/RUN -a -v   attack its best network
+tensorboard --logdir=../logs/RUN                    look at the curves and images
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import signal
 import sys
-from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import nn
 
-import arguments
-import checkpoint
-import data_audit
-import distributed
-import image_cache
-import logbook
-import networks
-import recipe
-import student_code
-from batches import worker_death
 from custom_dataloader import MiniPlacesLoader, count_classes
-from engine import Place
-from evaluation import Evaluation
-from trainer import Trainer
-from utils import UserError, from_here
-
-AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def choose_device(gpu: int | None, use_mps: bool) -> torch.device:
-    """The one place that asks which devices there are."""
-    if use_mps:
-        if not torch.backends.mps.is_available():
-            raise UserError("--use-mps: PyTorch finds no Apple GPU here; leave the flag out")
-        return torch.device("mps")
-    if gpu == -1:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        if gpu:
-            raise UserError(f"--gpu {gpu}: PyTorch finds no CUDA GPU here; --gpu=-1 is the CPU")
-        print("No CUDA device found: running on the CPU.")
-        return torch.device("cpu")
-    gpu = distributed.local_rank() if gpu is None else gpu
-    if gpu >= torch.cuda.device_count():
-        raise UserError(f"--gpu {gpu}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
-    torch.cuda.set_device(gpu)  # where NCCL would otherwise take the first
-    return torch.device("cuda", gpu)
+from deepvision import checkpoint
+from deepvision.config import RunConfig, parse, resolve_defaults, restore
+from deepvision.data import audit
+from deepvision.data.cache import enable_cache
+from deepvision.evaluation.evaluator import Evaluator
+from deepvision.models import student
+from deepvision.models.registry import (
+    MODEL_REGISTRY,
+    NETWORK_NAMES,
+    create_model,
+    load_network,
+)
+from deepvision.runtime import distributed
+from deepvision.runtime.device import choose_device, configure_backend, prepare_model
+from deepvision.runtime.errors import exit_code
+from deepvision.runtime.jsonl import read_json
+from deepvision.runtime.run_dir import LOGS, latest_run, run_dir_of, run_launched_as
+from deepvision.training.trainer import Resumed, Trainer
+from utils import UserError, relpath
 
 
-def make_network(args: Namespace, num_classes: int) -> tuple[str, nn.Module, dict]:
-    """The kind of network, the network, and the checkpoint that the run resumes from (or {})."""
-    path = args.resume or args.weights
-    if not path:
-        kind = args.kind or "torch_conv"
-        return kind, networks.build(kind, num_classes, pretrained=True), {}
-    content = checkpoint.load(path)
-    kind = args.kind or content.get("kind")
-    if not isinstance(kind, str) or kind not in networks.BUILDERS:
-        kind = networks.kind_of(content["state_dict"], num_classes)
-    model = networks.build(kind, num_classes)
-    checkpoint.load_weights(model, content, path)
-    print(f"Loaded {path}: {kind}, epochs done: {content.get('epoch', '?')}.")
-    return kind, model, content if args.resume else {}
+def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
+    """Run one command line; return the exit code. logs: where run folders are."""
+    try:
+        require_torch()
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if config.check_data:
+            return audit.check(config.data_folder, config.workers)
+        device = choose_device(config.device, flag="--use-mps" if config.use_mps else "--gpu")
+        with distributed.process_group(device):
+            execute = prepare(config, device, logs)
+            code = execute()
+        sys.stdout.flush()
+        return code
+    except (Exception, KeyboardInterrupt) as e:
+        return exit_code(e)
 
 
-def find_checkpoint(args: Namespace) -> str:
-    """--resume=auto: the newest good checkpoint of the newest run, '' where there is none.
+def require_torch() -> None:
+    """Raise UserError if torch is older than 2.6: its weights_only=True can be made to run code."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise UserError(f"torch {torch.__version__} is too old: install 2.6 or later")
 
-    Processes that torchrun restarts look at the run that they had begun.
+
+def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[], int]:
+    """Make everything that the command needs; return its last step, which returns the exit code."""
+    configure_backend(device, config.deterministic)
+    num_classes = count_classes(config.data_folder)
+    config, ckpt = find_checkpoint(config, logs)
+    config, changed = restore_settings(config, ckpt, logs)
+    torch.manual_seed(config.seed)
+    model, kind = make_network(config, ckpt, num_classes)
+    config = resolve_defaults(config, kind)
+    model, context = prepare_model(model, device, config.amp, config.compile)
+    datasets = load_datasets(config, ckpt, num_classes)
+    for dataset in datasets:
+        enable_cache(dataset, config.cache, config.workers, device)
+    if not config.trains:
+        return Evaluator(config, model, datasets[-1], context, logs).run
+    resumed = Resumed(ckpt, config.resume, changed) if config.resume else None
+    return Trainer(config, kind, model, datasets, context, logs, resumed).train
+
+
+def find_checkpoint(config: RunConfig, logs: Path) -> tuple[RunConfig, dict]:
+    """`config` with the path of its checkpoint in place of a run folder or auto; the checkpoint."""
+    if config.resume == "auto" or distributed.was_restarted() and not config.resume:
+        path = distributed.broadcast_from_main(lambda: latest_checkpoint(config, logs))
+        config = replace(config, resume=path)
+    if config.resume:
+        name = checkpoint.LAST if config.trains else checkpoint.BEST
+        config = replace(config, resume=str(checkpoint.locate(config.resume, name)))
+    path = config.resume or config.weights
+    return config, checkpoint.load(path) if path else {}
+
+
+def latest_checkpoint(config: RunConfig, logs: Path) -> str:
+    """--resume=auto: the latest valid checkpoint of the newest run; '' where there is none.
+
+    Processes that torchrun has restarted resume the run that they had started.
 
     Raises:
         UserError: there is none to evaluate or attack.
     """
-    if args.resume == "auto":
-        folder = logbook.newest_run([args.kind] if args.kind else networks.BUILDERS)
+    if config.resume == "auto":
+        run = latest_run(logs, [config.network] if config.network else MODEL_REGISTRY)
     else:
-        folder = logbook.run_launched_as(distributed.launch())
-    path = folder and checkpoint.newest_good(folder / "models")
+        run = run_launched_as(logs, distributed.launch_id())
+    path = run and checkpoint.latest_valid(run / "models")
     if path:
-        return from_here(path)
-    if args.evaluate or args.attack:
+        return relpath(path)
+    if not config.trains:
         raise UserError("--resume=auto: there is no run to look at")
-    place = from_here(folder or logbook.LOGS)
-    print(f"--resume=auto: {place} holds no checkpoint; starting afresh")
+    print(f"--resume=auto: {relpath(run or logs)} holds no checkpoint; starting a new run")
     return ""
 
 
-def leave_out_bad_images(args: Namespace, content: dict, datasets: list[MiniPlacesLoader]) -> None:
-    """--skip-bad-images; a resumed run leaves out what it always did, so that it stays the same."""
-    names = None if args.evaluate or args.attack else checkpoint.left_out(content)
-    if args.skip_bad_images and not names:
-        print("Reading every image once, to leave out the bad ones")
-        names = data_audit.unreadable(datasets, args.workers)
-    for dataset in datasets:
-        dataset.leave_out(names or [])
-        for name in dataset.left_out:
-            print(f"left out: {name}")
-    if names:
-        print(f"{len(names)} images are left out.")
+def restore_settings(config: RunConfig, ckpt: dict, logs: Path) -> tuple[RunConfig, dict]:
+    """`config` with the settings of the run that it resumes; {name: (old, new)} of what differs."""
+    if not (config.resume and config.trains):
+        return config, {}
+    saved = ckpt.get("config")
+    if not isinstance(saved, dict):
+        run = run_dir_of(config.resume, logs)
+        saved = read_json(run / "config.json").get("arguments") if run else None
+    if not isinstance(saved, dict):
+        print("The checkpoint has no settings: flags that are not given have their defaults.")
+        saved = {}
+    config, changed = restore(config, saved)
+    for name, (old, new) in changed.items():
+        print(f"Changed for this run: {name} from {old} to {new}.")
+    return config, changed
 
 
-def run(args: Namespace) -> int:
-    if args.check_data:
-        return data_audit.check(args.data_folder, args.workers)
-    device = choose_device(args.gpu, args.use_mps)
-    with distributed.together(device):
-        return run_on(device, args)
+def make_network(config: RunConfig, ckpt: dict, num_classes: int) -> tuple[torch.nn.Module, str]:
+    """The network of the command line or of the checkpoint, and its kind."""
+    if not ckpt:
+        kind = config.network or "torch_conv"
+        return create_model(kind, num_classes, pretrained=True), kind
+    path = config.resume or config.weights
+    model, kind = load_network(ckpt, path, num_classes, config.network)
+    print(f"Loaded {path}: {NETWORK_NAMES[kind]}, epochs done: {ckpt.get('epoch', '?')}.")
+    return model, kind
 
 
-def run_on(device: torch.device, args: Namespace) -> int:
-    place = Place(device, AMP[args.amp])
-    if args.amp == "fp16" and place.device.type == "cpu":
-        raise UserError("--amp=fp16 takes a CPU twenty times as long: use --amp=bf16")
-    if args.deterministic:
-        make_deterministic()
-    num_classes = count_classes(args.data_folder)
-    torch.manual_seed(args.seed)
-    if args.resume == "auto" or distributed.restarted() and not args.resume:
-        args.resume = distributed.leaders(lambda: find_checkpoint(args))
-    kind, model, content = make_network(args, num_classes)
-    recipe.follow(args, kind)
-    model = place.network(model, args.compile)
-    only_look = args.evaluate or args.attack
-    transforms = {"val": student_code.get_val_transforms()}
-    if not only_look:
-        transforms["train"] = student_code.get_train_transforms()
-    sets = {
-        split: MiniPlacesLoader(args.data_folder, None, num_classes, split, transform)
+def load_datasets(config: RunConfig, ckpt: dict, num_classes: int) -> list[MiniPlacesLoader]:
+    """The training set, if the run trains, and the validation set, without skipped images.
+
+    A resumed run skips the images that it always did, so that it stays the same run.
+    """
+    transforms = {"train": student.train_transforms()} if config.trains else {}
+    transforms["val"] = student.val_transforms()
+    datasets = [
+        MiniPlacesLoader(config.data_folder, None, num_classes, split, transform)
         for split, transform in transforms.items()
-    }
-    leave_out_bad_images(args, content, list(sets.values()))
-    for dataset in sets.values():
-        image_cache.keep(dataset, args.cache, args.workers, place.device)
-    if only_look:
-        return Evaluation(args, model, sets["val"], place).run()
-    return Trainer(args, kind, model, content, sets["train"], sets["val"], place).train()
-
-
-def make_deterministic() -> None:
-    """--deterministic: the same bits from every run on the same GPU, some operations slower."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS needs for it, NVIDIA's manual
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
-def main(argv: list[str] | None = None) -> int:
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        print(f"error: torch {torch.__version__} is too old: install 2.6 or later", file=sys.stderr)
-        return 1
-    try:
-        code = run(arguments.parse(argv))
-        sys.stdout.flush()
-        return code
-    except UserError as e:
-        return refuse(e)
-    except torch.OutOfMemoryError:
-        return refuse(UserError("the GPU's memory is too small for this: use a smaller -b"))
-    except RuntimeError as e:
-        if (death := worker_death(e)) is None:
-            raise
-        return refuse(death)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EPIPE):
-            raise
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or Python fails to write it at its end
-        place = e.filename or "the output"
-        return refuse(UserError(f"cannot write {place}: {e.strerror}; what was saved is whole"))
-    except KeyboardInterrupt:
-        print("Stopped at once; what was saved is whole.", file=sys.stderr)
-        return 130
-
-
-def refuse(error: UserError) -> int:
-    if hasattr(signal, "SIGCHLD"):  # torch would raise again at each worker that ends from here on
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+    ]
+    names = checkpoint.skipped_images(ckpt) if config.resume and config.trains else None
+    if config.skip_bad_images and not names:
+        print("Reading every image once, to find those that cannot be read")
+        names = audit.unreadable(datasets, config.workers)
+    for dataset in datasets:
+        dataset.skip(names or [])
+        for name in dataset.left_out:
+            print(f"skipped: {name}")
+    if names:
+        print(f"{len(names)} images are skipped.")
+    return datasets
 
 
 if __name__ == "__main__":

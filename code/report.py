@@ -13,13 +13,13 @@ from argparse import Namespace
 from datetime import date
 from pathlib import Path
 
-from arguments import OneLineParser, default_workers
-from checkpoint import write_atomically
-from logbook import LOGS, commit
-from reporting import sections
-from reporting.document import Document, Section, Text
-from reporting.records import read_runs
-from utils import UserError, from_here
+from deepvision.checkpoint import write_atomically
+from deepvision.config import OneLineParser, default_workers
+from deepvision.reporting import sections
+from deepvision.reporting.document import Document, Section, Text
+from deepvision.reporting.records import read_runs
+from deepvision.runtime.run_logger import LOGS, commit
+from utils import UserError, relpath
 
 RESULTS = LOGS.parent / "results"
 
@@ -37,7 +37,7 @@ def report(args: Namespace) -> None:
     runs = read_runs(args.runs)
     out = args.out or RESULTS / f"report_{runs[0].folder.name}"
     make_folder(out)
-    album = sections.Album(out)
+    album = sections.FigureWriter(out)
     content = [sections.summary(runs), sections.curves(runs, album)]
     content += filter(None, (sections.robustness(run, album) for run in runs))
 
@@ -62,7 +62,7 @@ def report(args: Namespace) -> None:
     write_atomically(out / "report.html", document.html().encode())
     write_atomically(out / "report.md", document.markdown().encode())
     write_atomically(out / "report.pdf", document.pdf())
-    print(f"report.html, report.md, report.pdf and figures: {from_here(out)}")
+    print(f"report.html, report.md, report.pdf and figures: {relpath(out)}")
 
 
 def make_folder(out: Path) -> None:

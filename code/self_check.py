@@ -1,13 +1,15 @@
 """Grade the student_code.py that lies beside this file:
 
-    python self_check.py                              # everything
+    python self_check.py                              # what code shows: 8 of the 12 points
+    python self_check.py --runs ../logs               # and what runs show: 4 points, bonus 2
     python self_check.py --part conv --part attack    # these parts alone
+    python self_check.py --explain attack             # what a check does, and why
     python self_check.py --json results.json          # for Gradescope
 
 Under a minute on a CPU. Drop this file and the folder checks/ beside any answer to the assignment:
-torch and the answer's own imports are all they need (the submission, zip_submission.py as well).
-Exit status 0 means all points of the parts asked for; a remark costs none. The answer runs in this
-process: it may fail in any way, but a stranger's belongs in a container.
+torch and the answer's own imports are all they need (--runs needs deepvision/ as well). Exit status
+0 means all points of the parts asked for; a remark costs none. The answer runs in this process: it
+may fail in any way, but it could also change its marks. grade.py runs it in another one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib
 import json
 import os
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -25,60 +28,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
-from checks import attack, attention, blocks, conv, submission, vit
-from checks.grading import CPU_LIMIT, SEED, Check, CheckFailed, Result, observe, run
-
-
-def _whole(function):
-    """Until it is ported: a check that judges in the probe."""
-
-    def probe(code, inputs):
-        try:
-            return {"remarks": list(function(code) or ())}
-        except CheckFailed as e:
-            return {"problem": str(e), "hint": e.hint}
-
-    def judge(inputs, findings):
-        if "problem" in findings:
-            raise CheckFailed(findings["problem"], findings["hint"])
-        return findings["remarks"]
-
-    return probe, judge
-
+from checks import attack, attention, blocks, conv, runs, submission, vit
+from checks.grading import CPU_LIMIT, SEED, Check, Result, observe, run
 
 # The handout's points for what code shows: convolution 2, attention 2, ViT 2, adversarial samples 2
-RUBRIC = tuple(
-    Check(part, points, name, *_whole(function))
-    for part, points, name, function in (
-        ("conv", 0.5, "forward: kernels, strides, paddings, bias", conv.check_forward),
-        ("conv", 0.25, "memory layouts and dtypes", conv.check_layouts),
-        ("conv", 0.375, "gradient of the input", conv.check_input_gradient),
-        ("conv", 0.375, "gradient of the weight", conv.check_weight_gradient),
-        ("conv", 0.125, "gradient of the bias", conv.check_bias_gradient),
-        ("conv", 0.25, "CustomConv2d trains like nn.Conv2d", conv.check_module),
-        ("conv", 0.125, "the CNN runs on CustomConv2d", conv.check_network),
-        ("attention", 1.0, "softmax attention, head by head", attention.check_values),
-        ("attention", 0.5, "large scores, beside PyTorch's own", attention.check_against_torch),
-        ("attention", 0.5, "gradients", attention.check_gradients),
-        ("blocks", 0.125, "windows cut and put together", blocks.check_windows),
-        ("blocks", 0.25, "residual branches, global attention", blocks.check_block),
-        ("blocks", 0.375, "attention within windows", blocks.check_windowed_block),
-        ("vit", 0.375, "shapes, one image or many", vit.check_shapes),
-        ("vit", 0.25, "every parameter is used", vit.check_parameters),
-        ("vit", 0.375, "learns a small batch", vit.check_learning),
-        ("vit", 0.25, "networks survive a checkpoint", vit.check_checkpoint),
-        ("attack", 0.25, "stays within epsilon", attack.check_ball),
-        ("attack", 0.5, "approaches the least likely label", attack.check_direction),
-        ("attack", 0.25, "stronger than noise", attack.check_strength),
-        ("attack", 0.5, "steps: their size, more of them", attack.check_steps),
-        ("attack", 0.25, "network and images as before", attack.check_state),
-        ("attack", 0.25, "fit for adversarial training (the bonus)", attack.check_training),
-    )
+RUBRIC: tuple[Check, ...] = (
+    conv.CHECKS + attention.CHECKS + blocks.CHECKS + vit.CHECKS + attack.CHECKS
 )
-SUBMISSION = Check("submission", 0.0, "zip, unpack, import", *_whole(submission.check_zip))
-PARTS = tuple(dict.fromkeys(check.part for check in (*RUBRIC, SUBMISSION)))
+EVERYTHING = RUBRIC + runs.CHECKS + submission.CHECKS
+PARTS = tuple(dict.fromkeys(check.part for check in RUBRIC + submission.CHECKS))
 IMPORT_LIMIT = 4 * CPU_LIMIT
-TOTAL, BONUS = 12, 2  # the handout's points
+TOTAL = 12  # the handout's points, without its bonus
 
 
 def import_answer(*_: object) -> dict:
@@ -100,7 +60,7 @@ def check(
 def check_file(parts: Collection[str]) -> Iterator[Result]:
     """Grade the student_code.py on the path; what needs no import is graded in any case."""
     imported = observe(IMPORT, None, limit=IMPORT_LIMIT)
-    for one in (*RUBRIC, SUBMISSION):
+    for one in RUBRIC + submission.CHECKS:
         if one.part not in parts:
             continue
         if imported.error and one.part != "submission":
@@ -109,8 +69,11 @@ def check_file(parts: Collection[str]) -> Iterator[Result]:
             yield run(one, sys.modules.get("student_code"))
 
 
+# ---- Output ----------------------------------------------------------------------------------
+
+
 def format_result(result: Result) -> str:
-    """One line, and one more for each thing that is said of it."""
+    """One line, and one more for each line of `result_lines`."""
     one = result.check
     points = "not graded" if result.skipped else f"{result.score:5g} of {one.points:g}"
     lines = [f"{one.part:<10}  {one.name:<40}  {points}"]
@@ -158,12 +121,22 @@ def total(results: Sequence[Result]) -> str:
     return text + (f"; {' and '.join(missing)} not graded here" if missing else "")
 
 
+def explanation(words: str) -> str:
+    """What the checks do whose part or name holds these words."""
+    found = [c for c in EVERYTHING if words.lower() in f"{c.part}: {c.name}".lower()]
+    return "\n\n".join(
+        f"{c.part}: {c.name} ({c.points:g} points)\n"
+        + textwrap.fill(c.explain, 96, initial_indent="    ", subsequent_indent="    ")
+        for c in found
+    )
+
+
+# ---- The command -----------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[TextIO]:
-    """What a student's file prints is not shown, and what it asks for is not answered.
-
-    Yields the standard output that was.
-    """
+    """A student's file prints nothing and reads nothing; yields the real standard output."""
     stdin, stdout = sys.stdin, sys.stdout
     with contextlib.ExitStack() as stack:
         sys.stdin = nothing = stack.enter_context(open(os.devnull, "r+"))
@@ -173,24 +146,47 @@ def silence() -> Iterator[TextIO]:
         yield stdout
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
+    """The command line; what cannot be done is refused before the work."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be repeated")
+    parser.add_argument("--runs", type=Path, metavar="FOLDER", help="grade run folders: ../logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write Gradescope's results.json")
+    parser.add_argument("--explain", metavar="CHECK", help="what checks of this name do, and why")
     args = parser.parse_args()
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json: there is no folder {args.json.absolute().parent}")
+    if args.runs and not args.runs.is_dir():
+        parser.error(f"--runs: there is no folder {args.runs}")
+    if args.runs and not (Path(__file__).resolve().parent / "deepvision").is_dir():
+        parser.error("--runs reads event files and needs deepvision/ beside self_check.py")
+    if args.explain is not None and not explanation(args.explain):
+        names = "; ".join(f"{c.part}: {c.name}" for c in EVERYTHING)
+        parser.error(f"--explain: no check is called {args.explain!r}; there are: {names}")
+    return args
+
+
+def main() -> int:
+    """Grade, print, and return the exit status."""
+    args = parse_args()
+    if args.explain is not None:
+        print(explanation(args.explain))
+        return 0
     start, results = time.perf_counter(), []
     with silence() as report:
         for result in check_file(args.part or PARTS):
             print(format_result(result), file=report, flush=True)
             results.append(result)
+        for result in runs.grade(args.runs) if args.runs else ():
+            print(format_result(result), file=report, flush=True)
+            results.append(result)
         seconds = time.perf_counter() - start
-        print(f"\n{total(results)} ({seconds:.0f} s)", file=report, flush=True)
+        print("\nGraded in the answer's own process; grade.py keeps the two apart.", file=report)
+        print(f"{total(results)} ({seconds:.0f} s)", file=report, flush=True)
         if args.json:
             args.json.write_text(json.dumps(results_json(results, seconds), indent=2) + "\n")
         status = int(any(result.problem for result in results))
-        if threading.active_count() > 1:  # a check that nothing could stop is still at it
+        if threading.active_count() > 1:  # a probe that nothing could stop still runs
             os._exit(status)
     return status
 

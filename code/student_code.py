@@ -546,8 +546,11 @@ default_vit_model = SimpleViT
 # ---------------------------------------------------------------------------------------------
 
 
-def get_train_transforms():
-    """Random crop, rotation, mirroring and colour: uint8 `(H, W, 3)` -> float `(3, 128, 128)`."""
+def get_train_transforms(normalize=None):
+    """Random crop, rotation, mirroring and colour: uint8 `(H, W, 3)` -> float `(3, 128, 128)`.
+
+    `normalize`: the last transform, which the editions 2022 and 2023 pass; ImageNet's by default.
+    """
     import custom_transforms as transforms  # needs OpenCV, which the networks do without
 
     return transforms.Compose(
@@ -558,13 +561,13 @@ def get_train_transforms():
             transforms.RandomRotate(15),
             transforms.RandomSizedCrop(128),
             transforms.ToTensor(),
-            transforms.Normalize(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD)),
+            normalize or transforms.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD)),
         ]
     )
 
 
-def get_val_transforms():
-    """The central part of an image: uint8 `(H, W, 3)` -> float `(3, 128, 128)`, normalised."""
+def get_val_transforms(normalize=None):
+    """Center crop: uint8 `(H, W, 3)` -> float `(3, 128, 128)`, normalised; `normalize` as above."""
     import custom_transforms as transforms  # needs OpenCV, which the networks do without
 
     return transforms.Compose(
@@ -572,7 +575,7 @@ def get_val_transforms():
             transforms.Scale(144),
             transforms.CenterCrop(128),
             transforms.ToTensor(),
-            transforms.Normalize(mean=list(IMAGENET_MEAN), std=list(IMAGENET_STD)),
+            normalize or transforms.Normalize(list(IMAGENET_MEAN), list(IMAGENET_STD)),
         ]
     )
 
@@ -593,7 +596,7 @@ def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 @contextmanager
-def under_attack(model: nn.Module) -> Iterator[None]:
+def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
     """Gradients on, evaluation mode, constant parameters; afterwards everything as it was.
 
     Constant parameters spare the gradients of the weights, which an attack does not use.
@@ -654,7 +657,7 @@ class PGDAttack:
         least, or most, likely class of the clean image. The model, its parameters and their
         gradients, and `input` are left as they were, even when the model raises.
         """
-        with under_attack(model):
+        with frozen_eval_mode(model):
             # At least float32: in bfloat16 a step of 0.01 from a pixel at 2 leads nowhere.
             x = input.detach().to(torch.promote_types(input.dtype, torch.float32), copy=True)
             lower, upper = self.bounds(x)
@@ -689,13 +692,41 @@ class PGDAttack:
 default_attack = PGDAttack
 
 
-def vis_grid(input: Tensor, n_rows: int = 10) -> Tensor:
+class GradientSaliency:
+    """Which pixels drive the prediction (Simonyan et al., 2014, "Deep Inside Convolutional
+    Networks", section 3): `default_attention` of the editions 2022 and 2023."""
+
+    def __init__(self, loss_fn: nn.Module):
+        self.loss_fn = loss_fn
+
+    def explain(self, model: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - the course's name
+        """Saliency maps (N, 1, H, W) >= 0 for normalised images (N, C, H, W).
+
+        The largest magnitude over the channels of the gradient of the predicted label's loss. The
+        model, its parameters' gradients and `input` are left as they were.
+        """
+        with frozen_eval_mode(model):
+            x = input.detach().clone().requires_grad_(True)
+            logits = model(x)
+            loss = self.loss_fn(logits, logits.argmax(dim=1)).sum()
+            (gradient,) = torch.autograd.grad(loss, x)
+        return gradient.abs().amax(dim=1, keepdim=True)
+
+
+default_attention = GradientSaliency
+
+
+def vis_grid(input: Tensor, n_rows: int = 10, vis_output: Tensor | None = None) -> Tensor:
     """A normalised batch `(N, 3, H, W)` as one picture `(3, H', W')` in [0, 1], on the CPU.
 
     True colours, `n_rows` images side by side (the name is the course's), two black pixels between.
+    With saliency maps `vis_output` (N, 1, H, W), pixels are as bright as they are salient.
     """
     x = input.detach().cpu().float()
     x = (x * per_channel(IMAGENET_STD, x) + per_channel(IMAGENET_MEAN, x)).clamp(0, 1)
+    if vis_output is not None:
+        maps = vis_output.detach().cpu().float()
+        x = x * (maps / maps.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)).sqrt()
     columns = min(n_rows, len(x))
     x = F.pad(x, (2, 0, 2, 0))  # black above and to the left of every image
     x = torch.cat([x, x.new_zeros(-len(x) % columns, *x.shape[1:])])

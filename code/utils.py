@@ -94,7 +94,7 @@ def _is_cut_off(data: bytes) -> bool:
     return False
 
 
-def from_here(path: str | Path) -> str:
+def relpath(path: str | Path) -> str:
     """`path` as seen from the working folder; unchanged if on another of Windows' drives."""
     try:
         return os.path.relpath(path)

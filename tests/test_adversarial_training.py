@@ -14,29 +14,28 @@ from small_network import make_network
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import checkpoint
-import engine
-import logbook
 import main
-import networks
-import trainer
-from adversarial_training import (
+from deepvision import checkpoint
+from deepvision.attacks.norms import InputScale
+from deepvision.attacks.pgd import FGSM, PGD
+from deepvision.models import registry
+from deepvision.runtime import run_logger
+from deepvision.training import engine, trainer
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
+from deepvision.training.objectives import (
     STEPS,
     AdversarialTraining,
-    Watchdog,
+    CatastrophicOverfittingGuard,
     divergence,
-    ordinary,
     robust_accuracy,
+    standard,
 )
-from attacks import FGSM, PGD
-from engine import Clock, Place, Tally
-from geometry import Pixels
-from trainer import Trainer
+from deepvision.training.trainer import Trainer
 from utils import LinearWarmupCosineAnnealingLR
 
-CPU = Place(torch.device("cpu"))
+CPU = DeviceContext(torch.device("cpu"))
 MEAN, STD = (0.5, 0.4, 0.6), (0.25, 0.2, 0.3)
-PIXELS = Pixels("255", MEAN, STD)
+PIXELS = InputScale("255", MEAN, STD)
 RATE = 0.05
 
 
@@ -47,13 +46,13 @@ def make_batches(n: int = 3, size: int = 6) -> list[tuple[torch.Tensor, torch.Te
     return list(zip((pixels - mean) / std, torch.randint(7, (n, size), generator=g), strict=True))
 
 
-def train(model: nn.Module, batches: list, first: int = 0, **options) -> Tally:
+def train(model: nn.Module, batches: list, first: int = 0, **options) -> EpochMetrics:
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     scheduler = LinearWarmupCosineAnnealingLR(optimizer, 0, 10**9)
     scheduler.last_epoch = first
-    tally = Tally(CPU.device)
+    tally = EpochMetrics(CPU.device)
     criterion = nn.CrossEntropyLoss()
-    parts = (model, batches, criterion, optimizer, scheduler, CPU, tally, Clock())
+    parts = (model, batches, criterion, optimizer, scheduler, CPU, tally, StepTimer())
     list(engine.train_epoch(*parts, seed=5, **options))
     return tally
 
@@ -194,7 +193,7 @@ def test_robust_accuracy_is_what_the_attack_leaves():
 
 
 def test_the_watchdog_barks_at_a_collapse_and_restores_the_last_good_weights():
-    model, dog = make_network(), Watchdog(chance=10)
+    model, dog = make_network(), CatastrophicOverfittingGuard(chance=10)
     looks = []
     for epoch, robust in enumerate([12, 3, 20, 30, 16, 4, 29], start=1):
         with torch.no_grad():
@@ -219,7 +218,7 @@ def test_unknown_modes_are_refused():
 
 def test_the_ordinary_objective_is_the_criterion():
     model, (x, y) = make_network(), make_batches(1)[0]
-    ((logits, loss),) = ordinary(model, nn.CrossEntropyLoss(), x, y)
+    ((logits, loss),) = standard(model, nn.CrossEntropyLoss(), x, y)
     assert torch.equal(loss, F.cross_entropy(logits, y))
 
 
@@ -233,13 +232,13 @@ def tiny(n: int) -> nn.Module:
 @pytest.fixture
 def run(sample_root, tmp_path, monkeypatch, capsys):
     """Words of the command line -> (output, content of checkpoint.pth.tar, run folder)."""
-    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(networks, "BUILDERS", {"torch_conv": tiny})
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(registry, "BUILDERS", {"torch_conv": tiny})
 
     def call(*words: str):
         common = [str(sample_root), "--gpu=-1", "-j=0", "-b=32", "--warmup=1", "--at=fgsm-rs"]
         assert main.main([*common, *words]) == 0
-        folder = logbook.newest_run(["torch_conv"])
+        folder = run_logger.latest_run(["torch_conv"])
         return (
             capsys.readouterr().out,
             checkpoint.load(folder / "models/checkpoint.pth.tar"),

@@ -11,13 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attacks import APGD, FGSM, LOSSES, PGD, checkpoints, cosine, fooled, under_attack
-from geometry import Pixels, project, random_start, size, steepest
+from deepvision.attacks.norms import InputScale, project, random_start, size, steepest_step
+from deepvision.attacks.pgd import (
+    APGD,
+    FGSM,
+    LOSSES,
+    PGD,
+    attack_succeeded,
+    checkpoints,
+    cosine,
+    frozen_eval_mode,
+)
 from student_code import PGDAttack
 
 NORMS = ("linf", "l2", "l1")
 RADIUS = {"linf": 16 / 255, "l2": 1.2, "l1": 16.0}  # in pixels of [0, 1], for images 3x16x16
-PIXEL = Pixels("pixel")
+PIXEL = InputScale("pixel")
 MEAN = torch.tensor(PIXEL.mean).view(1, 3, 1, 1)
 STD = torch.tensor(PIXEL.std).view(1, 3, 1, 1)
 CLASSES = 6
@@ -164,17 +173,17 @@ def test_projections_of_large_images_in_float32(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_steepest_steps_have_unit_norm_and_no_better(norm):
     g = torch.randn(20, 3, 5, 5, generator=seeded(), dtype=torch.float64)
-    step = steepest(g, norm)
+    step = steepest_step(g, norm)
     torch.testing.assert_close(size(step, norm), torch.ones_like(size(step, norm)))
     dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
     torch.testing.assert_close((g * step).flatten(1).sum(1), size(g, dual).flatten())
-    assert not steepest(torch.zeros_like(g), norm).any()
+    assert not steepest_step(torch.zeros_like(g), norm).any()
 
 
 def test_sparse_steps_move_the_largest_coordinates_by_as_much():
     g = torch.randn(4, 30, generator=seeded())
     k = torch.tensor([1, 3, 30, 99])
-    step = steepest(g, "l1", k)
+    step = steepest_step(g, "l1", k)
     for row, gradient, count in zip(step, g, k.clamp(max=30).tolist(), strict=True):
         chosen = gradient.abs().topk(count).indices
         expected = torch.zeros(30).index_put((chosen,), gradient[chosen].sign() / count)
@@ -214,7 +223,7 @@ def test_the_three_units_are_one_attack(net, data):
     normalised = ((x * STD + MEAN) - MEAN) / 0.2
     results = []
     for unit, epsilon in (("normalised", 16 / 255 / 0.2), ("pixel", 16 / 255), ("255", 16)):
-        attack = PGD(epsilon=epsilon, steps=5, pixels=Pixels(unit, PIXEL.mean, std))
+        attack = PGD(epsilon=epsilon, steps=5, pixels=InputScale(unit, PIXEL.mean, std))
         results.append(attack.perturb(net, normalised, y))
     for other in results[1:]:
         assert ((other - results[0]).abs() < 1e-4).float().mean() > 0.995
@@ -223,20 +232,20 @@ def test_the_three_units_are_one_attack(net, data):
 
 def test_pixel_units_differ_by_channel_in_the_input(net, data):
     x, y = data
-    x_adv = PGD(epsilon=4, pixels=Pixels("255")).perturb(net, x, y)
+    x_adv = PGD(epsilon=4, pixels=InputScale("255")).perturb(net, x, y)
     reach = (x_adv - x).abs().amax(dim=(0, 2, 3))
     torch.testing.assert_close(reach, 4 / 255 / STD.flatten(), atol=1e-5, rtol=0)
 
 
 def test_units_and_channels_are_checked():
     with pytest.raises(ValueError, match="unknown unit"):
-        Pixels("bits")
+        InputScale("bits")
     with pytest.raises(ValueError, match="3 channels"):
         PGD().perturb(lambda x: x.flatten(1), torch.zeros(2, 1, 4, 4))
 
 
 def test_statistics_go_to_the_device_once_and_serve_evaluation_and_training():
-    pixels, x = Pixels("pixel", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), torch.zeros(2, 3, 4, 4)
+    pixels, x = InputScale("pixel", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), torch.zeros(2, 3, 4, 4)
     with torch.inference_mode():
         first = pixels.scale(x)
     assert pixels.scale(x).data_ptr() == first.data_ptr()
@@ -282,7 +291,9 @@ def test_dlr_is_blind_to_scale_and_wants_enough_classes():
 def test_a_positive_margin_is_success():
     logits, y, t = torch.randn(200, 5), torch.arange(200) % 5, torch.arange(200) // 3 % 5
     for target in (None, t):
-        assert torch.equal(LOSSES["margin"](logits, y, target) > 0, fooled(logits, y, target))
+        assert torch.equal(
+            LOSSES["margin"](logits, y, target) > 0, attack_succeeded(logits, y, target)
+        )
 
 
 # Attacks
@@ -294,7 +305,7 @@ def test_a_positive_margin_is_success():
 def test_ball_and_box(kind, norm, unit, net, data):
     x, y = data
     for random in (False, True):
-        attack = make(kind, norm, random_start=random, pixels=Pixels(unit), loss="margin")
+        attack = make(kind, norm, random_start=random, pixels=InputScale(unit), loss="margin")
         x_adv = attack.perturb(net, x, y)
         delta = x_adv - x if unit == "normalised" else (x_adv - x) * STD
         assert size(delta, norm).max() <= attack.epsilon * (1 + 1e-4)
@@ -458,7 +469,7 @@ def test_early_stop_leaves_wrong_images_alone_and_may_have_nothing_to_do(net, da
 
 def test_the_schedule_scales_the_steps(net, data):
     x, y = data
-    common = {"epsilon": 1.0, "steps": 4, "step_size": 0.01, "pixels": Pixels()}
+    common = {"epsilon": 1.0, "steps": 4, "step_size": 0.01, "pixels": InputScale()}
     inner = x.clamp(-1, 1)
     for schedule, travel in ((None, 4.0), (cosine, sum(cosine(i, 4) for i in range(4)))):
         kwargs = common | ({"schedule": schedule} if schedule else {})
@@ -521,7 +532,7 @@ def test_apgd_takes_smaller_steps_when_the_loss_stalls():
     def loss(logits, y, t):
         return -(logits[:, 0] - peak).abs()
 
-    options = {"pixels": Pixels("normalised", (0.5,), (0.5,)), "random_start": False}
+    options = {"pixels": InputScale("normalised", (0.5,), (0.5,)), "random_start": False}
     apgd = APGD(epsilon=0.9, steps=40, loss=loss, early_stop=False, **options)
     found = apgd.perturb(lambda x: x.flatten(1), x, torch.zeros(9, dtype=torch.long))
     assert (found.flatten() - peak).abs().max() < 0.03
@@ -597,7 +608,7 @@ def test_it_works_without_gradients_and_on_inference_tensors(kind, mode, net, da
 def test_the_model_is_any_callable(net, data):
     expected = make(PGD, "linf").perturb(net, *data)
     assert torch.equal(make(PGD, "linf").perturb(lambda x: net(x), *data), expected)
-    with under_attack(torch.sin):
+    with frozen_eval_mode(torch.sin):
         assert torch.is_grad_enabled()
 
 
@@ -622,7 +633,7 @@ def test_channels_last_and_bfloat16(norm, net, data):
 
 def test_flat_inputs_work_too():
     model = nn.Linear(7, 4)
-    place = Pixels(mean=(0.0,) * 7, std=(1.0,) * 7)
+    place = InputScale(mean=(0.0,) * 7, std=(1.0,) * 7)
     for norm in NORMS:
         for kind in (PGD, APGD):
             x_adv = kind(norm=norm, epsilon=0.2, pixels=place).perturb(model, torch.rand(5, 7))

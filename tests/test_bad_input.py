@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import logbook
 import main
-import networks
-from batches import EpochBatches
 from custom_dataloader import MiniPlacesLoader, read_label_file
+from deepvision import checkpoint
+from deepvision.data.loader import ResumableBatchSampler
+from deepvision.models import registry
+from deepvision.runtime import run_logger
 from utils import MAX_PIXELS, UserError, load_image
 
 CODE = Path(main.__file__).parent
@@ -249,8 +249,8 @@ def data(sample_root, tmp_path):
 
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
-    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
-    monkeypatch.setitem(networks.BUILDERS, "torch_conv", Small)
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
+    monkeypatch.setitem(registry.MODEL_REGISTRY, "torch_conv", Small)
     return tmp_path / "logs"
 
 
@@ -343,7 +343,7 @@ def test_the_audit_tells_of_missing_files(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     """Lines are printed at steps 0 and 10 alone; it happens between them."""
     names = training_images(data)
-    order = EpochBatches(len(names), 16, 2024)
+    order = ResumableBatchSampler(len(names), 16, 2024)
     black = order.indices(1, 3)[7]
     step = next(i for i in range(5) if black in order.indices(0, i))
     assert step > 0
@@ -361,7 +361,7 @@ def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     )
     assert (folder / "bad_batch.txt").read_text().splitlines() == batch
     content = checkpoint.load(folder / "models" / checkpoint.LAST)
-    assert content["progress"]["position"] == step and not checkpoint.not_finite(content)
+    assert content["progress"]["position"] == step and not checkpoint.first_nonfinite(content)
     shutil.rmtree(logs)
     status, _, err = run(capsys, data, "--epochs=2", "--lr=0.01")  # with no save before it
     assert status == 1 and f"step {step + 1} of 5" in err[0] and "none was saved" in err[0]
@@ -384,7 +384,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, logs, capsys, monkeypat
     [folder] = logs.iterdir()
     for file in (folder / "models").iterdir():
         content = checkpoint.load(file)
-        assert content["epoch"] == 1 and not checkpoint.not_finite(content)
+        assert content["epoch"] == 1 and not checkpoint.first_nonfinite(content)
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -411,9 +411,9 @@ def disk(tmp_path):
 def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch, where):
     """In mid-run, just before one of the files is written; what was saved is whole."""
     owner, name = {
-        "events": (logbook.Logbook, "step"),
-        "curves": (logbook.Logbook, "point"),
-        "metrics": (logbook, "write_atomically"),
+        "events": (run_logger.RunLogger, "step"),
+        "curves": (run_logger.RunLogger, "point"),
+        "metrics": (run_logger, "write_atomically"),
         "checkpoint": (checkpoint, "write_atomically"),
     }[where]
     original = getattr(owner, name)
@@ -436,8 +436,8 @@ def test_a_disk_that_fills_up_is_one_line(data, disk, logs, capsys, monkeypatch,
     assert checkpoint.load(last)["epoch"] == 1
     (disk / "filler").unlink()
     monkeypatch.undo()
-    monkeypatch.setattr(logbook, "LOGS", disk)
-    monkeypatch.setitem(networks.BUILDERS, "torch_conv", Small)
+    monkeypatch.setattr(run_logger, "LOGS", disk)
+    monkeypatch.setitem(registry.MODEL_REGISTRY, "torch_conv", Small)
     assert run(capsys, data, "--epochs=3", "--lr=0.01", "--resume=auto")[0] == 0
 
 

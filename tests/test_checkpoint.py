@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-from adversarial_training import Watchdog
-from save_point import SavePoint, parse_interval
+from deepvision import checkpoint
+from deepvision.training.objectives import CatastrophicOverfittingGuard
+from deepvision.training.signals import SavePoint, parse_interval
 from utils import UserError
 
 
@@ -49,7 +49,7 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
 def test_numpy_numbers_of_old_files_load(tmp_path):
     content = {"state_dict": {}, "best_acc1": np.float64(43.6), "epoch": np.int64(60)}
     torch.save(content, tmp_path / "x")
-    progress, lost = checkpoint.progress_of(checkpoint.load(tmp_path / "x"), {})
+    progress, lost = checkpoint.load_progress(checkpoint.load(tmp_path / "x"), {})
     assert (progress.best_acc1, progress.epoch, lost) == (43.6, 60, None)
 
 
@@ -351,7 +351,7 @@ def test_killed_between_any_two_steps_of_a_save_leaves_a_good_one(
         die_at(patch, name, count)
         child = in_a_child(lambda: write(tmp_path, 3))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert value_of(checkpoint.newest_good(tmp_path)) == (3 if renamed else 1 if damaged else 2)
+    assert value_of(checkpoint.latest_valid(tmp_path)) == (3 if renamed else 1 if damaged else 2)
     write(tmp_path, 4)  # what the kill left behind is no obstacle
     assert sorted(os.listdir(tmp_path)) == sorted([checkpoint.LAST, checkpoint.PREVIOUS])
 
@@ -362,13 +362,13 @@ def test_what_is_not_finite_is_found_in_weights_and_moments():
     model(torch.randn(8, 4)).sum().backward()
     optimizer.step()
     content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
-    assert checkpoint.not_finite(content) is None
+    assert checkpoint.first_nonfinite(content) is None
     optimizer.state[model[0].bias]["exp_avg"][1] = float("inf")
-    assert checkpoint.not_finite({**content, "optimizer": optimizer.state_dict()}) == (
+    assert checkpoint.first_nonfinite({**content, "optimizer": optimizer.state_dict()}) == (
         "moment exp_avg of 1"
     )
     model[1].running_var[0] = float("nan")
-    assert "running_var" in checkpoint.not_finite({"state_dict": model.state_dict()})
+    assert "running_var" in checkpoint.first_nonfinite({"state_dict": model.state_dict()})
 
 
 ORDER = {"-b": 16, "--seed": 1}
@@ -377,9 +377,9 @@ MIDDLE = {"position": 3, "tally": [1.0, 2.0, 3.0, 48.0, 3.0], "order": ORDER}
 
 def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
     content = {"epoch": 2, "best_acc1": 7.5, "progress": MIDDLE}
-    progress, lost = checkpoint.progress_of(content, ORDER)
+    progress, lost = checkpoint.load_progress(content, ORDER)
     assert (progress.epoch, progress.position, progress.best_acc1, lost) == (2, 3, 7.5, None)
-    progress, lost = checkpoint.progress_of(content, {"-b": 32, "--seed": 1})
+    progress, lost = checkpoint.load_progress(content, {"-b": 32, "--seed": 1})
     assert (progress.epoch, progress.position, progress.tally) == (2, 0, [])
     assert lost == "the file was saved in mid-epoch with other -b: epoch 3 starts over"
 
@@ -406,11 +406,15 @@ def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
 )
 def test_a_progress_that_makes_no_sense_is_refused(change):
     with pytest.raises(UserError, match="makes no sense"):
-        checkpoint.progress_of({"epoch": 2, **change}, ORDER)
+        checkpoint.load_progress({"epoch": 2, **change}, ORDER)
 
 
 def test_a_watchdog_goes_on_as_it_was():
-    saved, ours, model = Watchdog(10.0), Watchdog(10.0), network()
+    saved, ours, model = (
+        CatastrophicOverfittingGuard(10.0),
+        CatastrophicOverfittingGuard(10.0),
+        network(),
+    )
     assert not saved.collapsed(model, 40.0, 3)
     checkpoint.load_watchdog(ours, model, {"watchdog": saved.state()})
     assert (ours.best, ours.epoch) == (40.0, 3)
@@ -433,10 +437,12 @@ def test_a_watchdog_goes_on_as_it_was():
     ids=lambda change: f"{change}"[:40],
 )
 def test_a_watchdog_that_makes_no_sense_is_refused(change):
-    good = Watchdog(10.0, 40.0, 3, network().state_dict()).state()
+    good = CatastrophicOverfittingGuard(10.0, 40.0, 3, network().state_dict()).state()
     for bad in ({**good, **change}, 5, []):
         with pytest.raises(UserError, match="watchdog makes no sense"):
-            checkpoint.load_watchdog(Watchdog(10.0), network(), {"watchdog": bad})
+            checkpoint.load_watchdog(
+                CatastrophicOverfittingGuard(10.0), network(), {"watchdog": bad}
+            )
 
 
 def test_restored_momentum_takes_the_layout_of_its_parameter():

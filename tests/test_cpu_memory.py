@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import cpu_memory
+from deepvision.runtime import memory
 
-CODE = Path(cpu_memory.__file__).parent
+CODE = Path(memory.__file__).parent
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc's memory is looked after"
@@ -51,20 +51,25 @@ print(faults * resource.getpagesize() / (10 * BYTES))
 
 
 def test_a_place_on_the_cpu_uses_freed_memory_again():
-    assert share_of_new_pages("from engine import Place; Place(torch.device('cpu'))") < 0.01
+    assert (
+        share_of_new_pages(
+            "from deepvision.runtime.device import *; configure_backend(torch.device('cpu'))"
+        )
+        < 0.01
+    )
     assert share_of_new_pages("") > 0.5  # or there is nothing that needs looking after
 
 
 FORK = """
-import cpu_memory
-from batches import Batches
+from deepvision.runtime import memory
+from deepvision.data.loader import SeededLoader
 
 class Numbers(torch.utils.data.Dataset):
     def __len__(self): return 2
     def __getitem__(self, index): return torch.zeros(1), index
 
-cpu_memory.keep_freed()
-batches = Batches(Numbers(), [[(0, 0)], [(0, 1)]], 0, workers={workers})
+memory.retain_freed_memory()
+batches = SeededLoader(Numbers(), [[(0, 0)], [(0, 1)]], 0, workers={workers})
 for _ in range(2):
     touch()
     kept = resident()

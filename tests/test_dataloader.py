@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from batches import EpochBatches, Reproducible, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader, count_classes
 from custom_transforms import (
     IMAGENET_MEAN,
@@ -30,6 +29,12 @@ from custom_transforms import (
     RandomSizedCrop,
     Scale,
     ToTensor,
+)
+from deepvision.data.loader import (
+    ResumableBatchSampler,
+    SeededDataset,
+    training_batches,
+    validation_batches,
 )
 from utils import UserError, save_image
 
@@ -198,7 +203,7 @@ def test_what_is_missing_is_said_in_one_line(root, tmp_path):
 
 
 def test_each_epoch_is_a_permutation_without_the_last_partial_batch():
-    sampler = EpochBatches(23, 5, seed=1)
+    sampler = ResumableBatchSampler(23, 5, seed=1)
     orders = []
     for epoch in range(3):
         sampler.set_position(epoch)
@@ -209,12 +214,12 @@ def test_each_epoch_is_a_permutation_without_the_last_partial_batch():
         assert len(set(orders[-1])) == 20 and set(orders[-1]) <= set(range(23))
         assert [sampler.indices(epoch, b) for b in range(4)] == [[i for _, i in b] for b in batches]
     assert orders[0] != orders[1] != orders[2]
-    other = EpochBatches(23, 5, seed=2)
+    other = ResumableBatchSampler(23, 5, seed=2)
     assert [i for b in other for _, i in b] != orders[0]
 
 
 def test_an_epoch_can_start_at_any_batch():
-    sampler = EpochBatches(40, 4, seed=3)
+    sampler = ResumableBatchSampler(40, 4, seed=3)
     sampler.set_position(6)
     whole = list(sampler)
     for start in (0, 1, 7, 10):
@@ -320,12 +325,12 @@ def test_neighbouring_samples_draw_unlike_numbers():
             return random.random(), np.random.rand(), third  # noqa: NPY002
 
     keys = [(epoch, index) for epoch in (0, 1, 10) for index in range(500)]
-    draws = np.array(Reproducible(Draws(), seed=1).__getitems__(keys))
+    draws = np.array(SeededDataset(Draws(), seed=1).__getitems__(keys))
     assert len(np.unique(draws)) == draws.size
     assert np.abs(draws.mean(0) - 0.5).max() < 0.03
     assert np.abs(np.corrcoef(draws.T) - np.eye(3)).max() < 0.1
     assert abs(np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]) < 0.1
-    assert not np.isin(draws, Reproducible(Draws(), seed=2).__getitems__(keys)).any()
+    assert not np.isin(draws, SeededDataset(Draws(), seed=2).__getitems__(keys)).any()
 
 
 def test_validation_is_in_order_and_whole(tmp_path):

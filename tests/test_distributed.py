@@ -18,13 +18,13 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import logbook
 import main
-import networks
-from batches import EpochBatches, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader
-from scene_net import SceneNet
+from deepvision import checkpoint
+from deepvision.data.loader import ResumableBatchSampler, training_batches, validation_batches
+from deepvision.models import registry
+from deepvision.models.scene_net import SceneNet
+from deepvision.runtime import run_logger
 from utils import UserError
 
 if not hasattr(os, "fork"):
@@ -67,8 +67,8 @@ def child(words, logs, output, environment):
     os.chdir(CODE)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)
-    logbook.LOGS = logs
-    networks.BUILDERS = BUILDERS
+    run_logger.LOGS = logs
+    registry.MODEL_REGISTRY = BUILDERS
     sys.argv = ["main.py", *words]
     sys.exit(main.main(words))
 
@@ -190,8 +190,8 @@ def test_adversarial_training_goes_on_in_step(sample_root, tmp_path, mode):
 
 def test_shares_are_parts_of_the_same_batches(sample_root):
     whole, halves = (
-        EpochBatches(23, 6, 1),
-        [EpochBatches(23, 6, 1, slice(i, None, 2)) for i in (0, 1)],
+        ResumableBatchSampler(23, 6, 1),
+        [ResumableBatchSampler(23, 6, 1, slice(i, None, 2)) for i in (0, 1)],
     )
     for batch, *parts in zip(whole, *halves, strict=True):
         assert sorted(sum(parts, [])) == sorted(batch) and [len(p) for p in parts] == [3, 3]
@@ -209,15 +209,16 @@ def test_shares_are_parts_of_the_same_batches(sample_root):
 MAIN_WITH_A_DEATH = """
 import os, sys, signal; sys.path.insert(0, sys.argv.pop(1))
 from pathlib import Path
-import distributed, logbook, main
-logbook.LOGS = Path(__file__).parent / 'logs'
-mark, count, align = Path(__file__).with_name('killed'), iter(range(9)), distributed.align
+import main
+from deepvision.runtime import distributed, run_logger
+run_logger.LOGS = Path(__file__).parent / 'logs'
+mark, count, sync = Path(__file__).with_name('killed'), iter(range(9)), distributed.sync_buffers
 def die_in_epoch_2(model):
     if os.environ['RANK'] == sys.argv[0][-4] and not mark.exists() and next(count) == 1:
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    align(model)
-distributed.align = die_in_epoch_2
+    sync(model)
+distributed.sync_buffers = die_in_epoch_2
 sys.exit(main.main(sys.argv[1:]))
 """
 

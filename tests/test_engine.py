@@ -9,18 +9,17 @@ import torch.nn.functional as F
 from small_network import make_network
 from torch import nn
 
-import arguments
-import engine
-import networks
-import recipe
-from adversarial_training import STEPS
-from attacks import PGD
-from engine import Clock, Place, Tally
-from geometry import Pixels
+from deepvision import config
+from deepvision.attacks.norms import InputScale
+from deepvision.attacks.pgd import PGD
+from deepvision.models import registry
+from deepvision.training import engine, optim
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
+from deepvision.training.objectives import STEPS
 from utils import LinearWarmupCosineAnnealingLR
 
-CPU = Place(torch.device("cpu"))
-PIXELS = Pixels("normalised", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+CPU = DeviceContext(torch.device("cpu"))
+PIXELS = InputScale("normalised", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def make_batches(n=4, size=6):
@@ -37,7 +36,7 @@ def make_training(model, lr=0.1, warmup=0):
 
 
 def train(model, batches, optimizer, scheduler, **options):
-    tally = Tally(CPU.device)
+    tally = EpochMetrics(CPU.device)
     steps = engine.train_epoch(
         model,
         batches,
@@ -46,7 +45,7 @@ def train(model, batches, optimizer, scheduler, **options):
         scheduler,
         CPU,
         tally,
-        Clock(),
+        StepTimer(),
         seed=5,
         **options,
     )
@@ -60,16 +59,16 @@ def same_weights(a, b):
 
 def test_accuracies_equal_a_sort_of_each_row():
     torch.manual_seed(0)
-    tally, hits1, hits5, losses = Tally(CPU.device), 0, 0, 0.0
+    tally, hits1, hits5, losses = EpochMetrics(CPU.device), 0, 0, 0.0
     for n in (10, 3):
         logits, y = torch.randn(n, 20), torch.randint(20, (n,))
-        tally.add(logits, y, F.cross_entropy(logits, y))
+        tally.update(logits, y, F.cross_entropy(logits, y))
         pairs = zip(logits.tolist(), y.tolist(), strict=True)
         ranks = [sorted(r, reverse=True).index(r[t]) for r, t in pairs]
         hits1 += ranks.count(0)
         hits5 += sum(rank < 5 for rank in ranks)
         losses += F.cross_entropy(logits, y, reduction="sum").item()
-    last, mean = tally.read()
+    last, mean = tally.compute()
     assert mean.acc1 == pytest.approx(100 * hits1 / 13)
     assert mean.acc5 == pytest.approx(100 * hits5 / 13)
     assert mean.loss == pytest.approx(losses / 13)
@@ -79,7 +78,7 @@ def test_accuracies_equal_a_sort_of_each_row():
 def test_a_restored_tally_goes_on_as_if_never_interrupted():
     torch.manual_seed(0)
     batches = [(torch.randn(6, 9), torch.randint(9, (6,)), torch.rand(())) for _ in range(4)]
-    whole, first, second = (Tally(CPU.device) for _ in range(3))
+    whole, first, second = (EpochMetrics(CPU.device) for _ in range(3))
     for i, batch in enumerate(batches):
         whole.add(*batch)
         if i < 2:
@@ -91,9 +90,9 @@ def test_a_restored_tally_goes_on_as_if_never_interrupted():
 
 
 def test_fewer_than_five_classes_have_a_top_5_of_100():
-    tally = Tally(CPU.device)
-    tally.add(torch.randn(8, 3), torch.randint(3, (8,)))
-    assert tally.read()[1].acc5 == 100
+    tally = EpochMetrics(CPU.device)
+    tally.update(torch.randn(8, 3), torch.randint(3, (8,)))
+    assert tally.compute()[1].acc5 == 100
 
 
 def test_training_equals_the_loop_written_out():
@@ -118,7 +117,7 @@ def test_training_equals_the_loop_written_out():
                 p -= rate * m
         assert rates[step] == pytest.approx(rate)
         ours_loss += loss.item() / 4
-    assert tally.read()[1].loss == pytest.approx(ours_loss, rel=1e-5)
+    assert tally.compute()[1].loss == pytest.approx(ours_loss, rel=1e-5)
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -126,15 +125,15 @@ def test_training_equals_the_loop_written_out():
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
 def test_numbers_of_16_bits_train_weights_of_32(amp):
     """Small gradients, too: scaled in float16, where they would all be zero."""
-    place, plain = Place(CPU.device, amp), make_network(dropout=0.2)
-    halved = place.network(make_network(dropout=0.2))
+    place, plain = DeviceContext(CPU.device, amp), make_network(dropout=0.2)
+    halved = place.prepare_model(make_network(dropout=0.2))
     small = nn.CrossEntropyLoss(weight=torch.full((7,), 1e-6), reduction="sum")
     for model, where in ((plain, CPU), (halved, place)):
         optimizer = torch.optim.SGD(model.parameters(), 1e5)
         schedule = LinearWarmupCosineAnnealingLR(optimizer, 0, 20)
-        tally = Tally(CPU.device)
+        tally = EpochMetrics(CPU.device)
         [_] = engine.train_epoch(
-            model, make_batches(1), small, optimizer, schedule, where, tally, Clock(), seed=5
+            model, make_batches(1), small, optimizer, schedule, where, tally, StepTimer(), seed=5
         )
     assert halved(make_batches(1)[0][0]).dtype == torch.float32
     start = make_network(dropout=0.2).state_dict()
@@ -147,16 +146,16 @@ def test_numbers_of_16_bits_train_weights_of_32(amp):
 
 
 @pytest.mark.parametrize("at", [[], *([f"--at={mode}"] for mode in STEPS)], ids=str)
-@pytest.mark.parametrize("kind", networks.BUILDERS)
+@pytest.mark.parametrize("kind", registry.MODEL_REGISTRY)
 def test_no_step_waits_for_the_device(kind, at):
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
-    place = Place(torch.device("meta"))
-    model = place.network(networks.build(kind, 10))
-    args = arguments.parse([".", *at, "--warmup=1"])
-    recipe.follow(args, kind)
-    adversary = recipe.make_adversary(args, total_steps=4)
-    optimizer = recipe.make_optimizer(args, kind, model, place)
-    scheduler = recipe.make_schedule(args, optimizer, 4, 0)
+    place = DeviceContext(torch.device("meta"))
+    model = place.prepare_model(registry.create_model(kind, 10))
+    args = config.parse([".", *at, "--warmup=1"])
+    optim.resolve_defaults(args, kind)
+    adversary = optim.make_adv_training(args, total_steps=4)
+    optimizer = optim.make_optimizer(args, kind, model, place)
+    scheduler = optim.make_scheduler(args, optimizer, 4, 0)
     batches = [(torch.randn(2, 3, 128, 128), torch.tensor([3, 5]))] * 4
     steps = engine.train_epoch(
         model,
@@ -165,15 +164,17 @@ def test_no_step_waits_for_the_device(kind, at):
         optimizer,
         scheduler,
         place,
-        Tally(place.device),
-        Clock(),
+        EpochMetrics(place.device),
+        StepTimer(),
         seed=1,
         clip_grad=args.clip_grad,
-        objective=recipe.make_objective(args, adversary, 10),
+        objective=optim.make_objective(args, adversary, 10),
     )
     assert len(list(steps)) == 4
-    tallies = Tally(place.device), Tally(place.device)
-    assert len(list(engine.evaluate(model, batches, place, tallies[0], Clock(), tallies[1]))) == 4
+    tallies = EpochMetrics(place.device), EpochMetrics(place.device)
+    assert (
+        len(list(engine.evaluate(model, batches, place, tallies[0], StepTimer(), tallies[1]))) == 4
+    )
 
 
 def test_a_first_step_that_overflows_leaves_no_trace():
@@ -182,10 +183,10 @@ def test_a_first_step_that_overflows_leaves_no_trace():
     for losses in ([float("inf"), 1.0, 1.0], [1.0, 1.0]):
         model = nn.Linear(500, 300, bias=False)
         nn.init.constant_(model.weight, 0.5)
-        args = arguments.parse([".", "--lr=0.1"])
-        recipe.follow(args, "torch_conv")
+        args = config.parse([".", "--lr=0.1"])
+        optim.resolve_defaults(args, "torch_conv")
         place = SimpleNamespace(device=torch.device("cuda"))
-        optimizer, scaler = recipe.make_optimizer(args, "torch_conv", model, place), make_scaler()
+        optimizer, scaler = optim.make_optimizer(args, "torch_conv", model, place), make_scaler()
         for loss in losses:
             optimizer.zero_grad()
             scaler.scale(loss * model.weight.sum()).backward()
@@ -212,18 +213,18 @@ def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
 
 def test_mirrored_accuracy_is_of_the_averaged_logits():
     model, batches = make_network(3, dropout=0.2), make_batches(3)
-    plain, mirrored = Tally(CPU.device), Tally(CPU.device)
-    seen = list(engine.evaluate(model, batches, CPU, plain, Clock(), mirrored))
+    plain, mirrored = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
+    seen = list(engine.evaluate(model, batches, CPU, plain, StepTimer(), mirrored))
     model.eval()
-    expected_plain, expected_mirrored = Tally(CPU.device), Tally(CPU.device)
+    expected_plain, expected_mirrored = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
     with torch.no_grad():
         for (x, y), (shown, label) in zip(batches, seen, strict=True):
             assert torch.equal(x, shown) and torch.equal(y, label)
             a, b = model(x), model(torch.flip(x, dims=[-1]))
             expected_plain.add(a, y)
             expected_mirrored.add(a + b, y)
-    assert plain.read()[1] == expected_plain.read()[1]
-    assert mirrored.read()[1] == expected_mirrored.read()[1]
+    assert plain.compute()[1] == expected_plain.read()[1]
+    assert mirrored.compute()[1] == expected_mirrored.read()[1]
 
 
 @pytest.mark.parametrize("job", ["evaluate", "attack"])
@@ -231,11 +232,11 @@ def test_looking_changes_nothing(job):
     model, batches = make_network(3, dropout=0.2), make_batches(2)
     before = copy.deepcopy(model)
     if job == "evaluate":
-        passes = engine.evaluate(model, batches, CPU, Tally(CPU.device), Clock())
+        passes = engine.evaluate(model, batches, CPU, EpochMetrics(CPU.device), StepTimer())
     else:
         attack = PGD(epsilon=0.1, steps=2, pixels=PIXELS)
-        tallies = Tally(CPU.device), Tally(CPU.device)
-        passes = engine.attack(model, batches, attack.perturb, CPU, *tallies, Clock())
+        tallies = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
+        passes = engine.attack(model, batches, attack.perturb, CPU, *tallies, StepTimer())
     assert len(list(passes)) == 2
     assert same_weights(model, before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -247,16 +248,16 @@ def test_attack_counts_the_same_images_before_and_after():
     def to_black(model, x, y):
         return x.fill_(-2.0)  # also spoils its input, as a student's attack may
 
-    clean, adversarial = Tally(CPU.device), Tally(CPU.device)
-    pairs = list(engine.attack(model, batches, to_black, CPU, clean, adversarial, Clock()))
-    expected = Tally(CPU.device)
-    list(engine.evaluate(model, batches, CPU, expected, Clock()))
-    assert clean.read()[1] == expected.read()[1]
+    clean, adversarial = EpochMetrics(CPU.device), EpochMetrics(CPU.device)
+    pairs = list(engine.attack(model, batches, to_black, CPU, clean, adversarial, StepTimer()))
+    expected = EpochMetrics(CPU.device)
+    list(engine.evaluate(model, batches, CPU, expected, StepTimer()))
+    assert clean.compute()[1] == expected.read()[1]
     for (x, y), (shown, x_adv, label) in zip(batches, pairs, strict=True):
         assert torch.equal(x, shown) and (x_adv == -2).all() and torch.equal(y, label)
     black = model(torch.full((1, 3, 9, 9), -2.0)).argmax().item()
     hits = sum((y == black).sum().item() for _, y in batches)
-    assert adversarial.read()[1].acc1 == pytest.approx(100 * hits / 18)
+    assert adversarial.compute()[1].acc1 == pytest.approx(100 * hits / 18)
 
 
 class Views(nn.Module):
@@ -273,11 +274,11 @@ class Views(nn.Module):
 
 
 def test_a_network_that_needs_the_ordinary_layout_gets_it():
-    place = Place(torch.device("cpu"))
-    model = place.network(Views())
+    place = DeviceContext(torch.device("cpu"))
+    model = place.prepare_model(Views())
     assert place.memory_format == torch.contiguous_format
-    model(place.images(torch.rand(2, 3, 128, 128))).sum().backward()
-    other = Place(torch.device("cpu"))
+    model(place.to_device_images(torch.rand(2, 3, 128, 128))).sum().backward()
+    other = DeviceContext(torch.device("cpu"))
     net = other.network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     assert other.memory_format == torch.channels_last
     assert net.training and int(net[1].num_batches_tracked) == 0
@@ -290,4 +291,4 @@ def test_no_memory_is_no_obstacle_in_the_network():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        engine.obstacle(Large(), torch.zeros(1))
+        engine.probe_backward(Large(), torch.zeros(1))

@@ -10,11 +10,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-import checkpoint
-import logbook
 import main
-import networks
-import robustness
+from deepvision import checkpoint
+from deepvision.attacks import diagnostics
+from deepvision.models import registry
+from deepvision.runtime import run_logger
 
 
 def tiny(n: int) -> nn.Module:
@@ -40,8 +40,8 @@ def look(sample_root, tmp_path_factory):
 
     def call(capsys, *words: str):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(logbook, "LOGS", logs)
-            patch.setattr(networks, "BUILDERS", {"torch_conv": tiny})
+            patch.setattr(run_logger, "LOGS", logs)
+            patch.setattr(registry, "BUILDERS", {"torch_conv": tiny})
             words = [str(sample_root), f"--resume={best}", "--gpu=-1", "-j=0", *words]
             assert main.main(words) == 0
         return capsys.readouterr().out, folder
@@ -79,7 +79,7 @@ def test_without_flags_it_is_the_default_attack(look, capsys):
 
 
 def test_a_sweep_leaves_a_table_and_curves_that_a_second_one_replaces(look, capsys, monkeypatch):
-    monkeypatch.setattr(robustness, "STEPS", (1, 4))
+    monkeypatch.setattr(diagnostics, "STEPS", (1, 4))
     for _ in range(2):
         out, folder = look(capsys, "-a", "--sweep")
     table = (folder / "sweep.md").read_text()

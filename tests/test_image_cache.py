@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import image_cache
-from batches import held_out_batch, training_batches, validation_batches
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import (
     IMAGENET_MEAN,
@@ -24,6 +22,8 @@ from custom_transforms import (
     Scale,
     ToTensor,
 )
+from deepvision.data import cache
+from deepvision.data.loader import fixed_subset_batch, training_batches, validation_batches
 from student_code import get_train_transforms, get_val_transforms
 from utils import UserError, save_image
 
@@ -37,7 +37,7 @@ def root(sample_root, tmp_path):
 
 def kept(root, place, split="train", transforms=None, workers=0):
     dataset = MiniPlacesLoader(root, split=split, transforms=transforms)
-    image_cache.keep(dataset, place, workers, CPU)
+    cache.enable_cache(dataset, place, workers, CPU)
     return dataset
 
 
@@ -136,14 +136,14 @@ def test_two_runs_that_start_together_make_one_file(root):
 
 
 def keep_and_tell(root, pipe):
-    built, build = [], image_cache.build
+    built, build = [], cache.build
 
     def slowly(*arguments):
         built.append(True)
         time.sleep(0.5)
         build(*arguments)
 
-    image_cache.build = slowly
+    cache.build = slowly
     image = kept(root, "disk")[9][0]
     pipe.send((bool(built), image.tobytes()))
 
@@ -160,7 +160,7 @@ def test_a_bad_image_leaves_no_file(root):
     for place in ("ram", "disk", "device"):
         dataset = MiniPlacesLoader(root, transforms=get_val_transforms())
         with pytest.raises(UserError, match=f"cannot read the image .*{dataset.paths[20]}: it is"):
-            image_cache.keep(dataset, place, 1, CPU)
+            cache.enable_cache(dataset, place, 1, CPU)
     assert files(root) == ["train.decoded.lock"]
 
 
@@ -182,9 +182,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(root):
 
 
 def test_what_does_not_fit_is_refused(root):
-    free = image_cache.free_memory()
+    free = cache.free_memory()
     with pytest.raises(UserError, match=r"take \d+\.\d\d GB and ram has \d+\.\d\d GB free"):
-        image_cache.tell(MiniPlacesLoader(root), "ram", free + 1, free)
+        cache.check_free_space(MiniPlacesLoader(root), "ram", free + 1, free)
 
 
 # --- the device -------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_the_devices_validation_is_within_one_grey_level(root):
 def test_the_held_out_batch_comes_from_the_device_too(root):
     transforms = get_val_transforms()
     plain, cached = (
-        held_out_batch(kept(root, place, "val", transforms), 5) for place in ("none", "device")
+        fixed_subset_batch(kept(root, place, "val", transforms), 5) for place in ("none", "device")
     )
     assert torch.equal(plain[1], cached[1])
     assert (grey_levels(plain[0]) - grey_levels(cached[0])).abs().max() < 1.01
@@ -231,8 +231,8 @@ def test_the_held_out_batch_comes_from_the_device_too(root):
 def test_developing_images_does_not_wait_for_the_device():
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
     images = torch.empty(5, 8, 9, 3, dtype=torch.uint8, device="meta")
-    plan = image_cache.Plan(get_train_transforms(), images.shape[1:])
-    x = image_cache.DeviceImages(images, plan).develop(torch.stack([plan(i) for i in range(4)]))
+    plan = cache.AugmentParams(get_train_transforms(), images.shape[1:])
+    x = cache.DeviceImages(images, plan).device_transform(torch.stack([plan(i) for i in range(4)]))
     assert x.device.type == "meta" and x.shape == (4, 3, 128, 128)
 
 

@@ -15,8 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-import logbook
 import main
+from deepvision.runtime import run_logger
 
 CODE = Path(__file__).parent.parent / "code"
 CPU = ["--gpu=-1", "-j", "1", "-p", "2", "-b", "16"]
@@ -56,7 +56,7 @@ def same(a, b):
 
 def without_clock(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in logbook.OF_THE_MACHINE} for row in rows]
+    return [{k: v for k, v in row.items() if k not in run_logger.OF_THE_MACHINE} for row in rows]
 
 
 def scalars(folder, tag):
@@ -298,7 +298,7 @@ BAD = [
 def test_a_mistake_gets_one_line_and_creates_nothing(
     sample_root, tmp_path, monkeypatch, capsys, flags, code, message
 ):
-    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
     try:
         status = main.main([str(sample_root), "--epochs=1", *CPU, *flags])
     except SystemExit as e:

@@ -14,7 +14,7 @@ from torch import nn
 
 import student_code
 from custom_blocks import MLP, DropPath, PatchEmbed, drop_path, trunc_normal_
-from engine import Place
+from deepvision.training.engine import DeviceContext
 from student_code import SimpleNet, SimpleViT
 from utils import UserError
 
@@ -232,9 +232,9 @@ class Student(nn.Module):
 
 
 def test_a_backward_pass_without_formats_of_16_bits_is_refused_in_one_line():
-    assert Place(torch.device("cpu")).network(Student()).weight.grad is None
+    assert DeviceContext(torch.device("cpu")).prepare_model(Student()).weight.grad is None
     with pytest.raises(UserError, match=r"^--amp: the network's own backward .*: leave it out$"):
-        Place(torch.device("cpu"), torch.bfloat16).network(Student())
+        DeviceContext(torch.device("cpu"), torch.bfloat16).prepare_model(Student())
 
 
 def test_transforms_are_the_contracts_sequences():

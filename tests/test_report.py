@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-import checkpoint
-import event_file
 import report
 import student_code
 from custom_dataloader import MiniPlacesLoader
-from engine import Scores
-from logbook import Logbook
-from reporting import figures, inspection, records, sections
-from reporting.inspection import Answers
+from deepvision import checkpoint
+from deepvision.reporting import analysis, figures, records, sections
+from deepvision.reporting.analysis import Predictions
+from deepvision.runtime import event_file
+from deepvision.runtime.run_logger import RunLogger
+from deepvision.training.engine import Metrics
 from utils import UserError, load_image
 
 NAMES = ["beach", "bridge", "city", "corridor", "desert", "field", "forest"]
@@ -61,14 +61,14 @@ def our_run(tmp_path_factory):
     folder.mkdir()
     settings = {"epochs": 3, "batch_size": 64, "lr": 0.05, "warmup": 1.0, "momentum": 0.9}
     settings |= {"wd": 1e-4, "clip_grad": 1.0, "at": None, "seed": 7, "data_folder": "gone"}
-    with Logbook(folder) as book:
+    with RunLogger(folder) as book:
         book.config({"kind": "torch_conv", "device": "cpu", "arguments": settings})
         for epoch, top1 in enumerate((31 / 3, 200 / 7, 77 / 3), 1):
             for i in range(4):
-                book.step(4 * epoch - 4 + i, 2.5 / epoch + 0.1 * i, 0.01 * epoch)
-            train, val = Scores(2.0, top1 / 2, 50.0), Scores(2.0, top1, 60 + epoch / 7)
+                book.log_step(4 * epoch - 4 + i, 2.5 / epoch + 0.1 * i, 0.01 * epoch)
+            train, val = Metrics(2.0, top1 / 2, 50.0), Metrics(2.0, top1, 60 + epoch / 7)
             speed = {"images_per_second": 100.0 * epoch, "peak_memory_bytes": 10**9 - epoch}
-            book.epoch(epoch, train, val, **speed)
+            book.log_epoch(epoch, train, val, **speed)
     with open(folder / "evaluations.jsonl", "w") as file:
         file.writelines(json.dumps(row) + "\n" for row in EVALUATIONS)
     write_checkpoint(folder, network(0), kind="torch_conv")
@@ -146,18 +146,18 @@ def test_wall_time_leaves_out_the_time_between_two_processes(tmp_path, monkeypat
     def process(start, steps, end, epoch):
         nonlocal now
         now = start
-        with Logbook(tmp_path) as book:
+        with RunLogger(tmp_path) as book:
             for now in steps:  # noqa: B007 - the clock that the event file reads
-                book.step(int(now), 1.0, 0.1)
+                book.log_step(int(now), 1.0, 0.1)
             now = end
-            book.epoch(epoch, Scores(1, 2, 3), Scores(1, 2, 3))
+            book.log_epoch(epoch, Metrics(1, 2, 3), Metrics(1, 2, 3))
 
     process(1e9, [1e9 + 5, 1e9 + 50], 1e9 + 60, epoch=1)
     process(1e9 + 86400, [1e9 + 86410], 1e9 + 86445, epoch=2)
     now = 1.1e9
-    with Logbook(tmp_path) as book:
-        book.picture("Image/Image", torch.zeros(3, 4, 4), 0)
-        book.point("robustness/top1_accuracy", "5_steps", 50.0, 1)
+    with RunLogger(tmp_path) as book:
+        book.add_image("Image/Image", torch.zeros(3, 4, 4), 0)
+        book.add_curve_point("robustness/top1_accuracy", "5_steps", 50.0, 1)
     assert records.read_runs([tmp_path])[0].seconds == pytest.approx(105)
 
 
@@ -177,7 +177,7 @@ def test_two_runs_of_a_kind_are_told_apart(our_run, tmp_path):
 def answers():
     rng = np.random.default_rng(3)
     labels, predictions = rng.integers(0, 6, (2, 300))  # category 6 has no image
-    return Answers(labels, predictions, rng.random(300), NAMES)
+    return Predictions(labels, predictions, rng.random(300), NAMES)
 
 
 def pairs_of(answers):
@@ -207,13 +207,13 @@ def test_most_confused_pairs_and_their_examples(answers):
     of_pair = [k for k, pair in enumerate(pairs_of(answers)) if pair == (i, j)]
     assert examples == sorted(of_pair, key=lambda k: -answers.confidence[k])[:4]
     assert len(answers.examples(i, j, 999)) == n
-    perfect = Answers(np.arange(7), np.arange(7), np.ones(7), NAMES)
+    perfect = Predictions(np.arange(7), np.arange(7), np.ones(7), NAMES)
     assert perfect.most_confused(3) == []
 
 
 def test_the_networks_answers_are_those_to_single_images(sample_root):
     model = network(4).eval()
-    found = inspection.Validation(sample_root, 0).ask(model, "net")
+    found = analysis.Validation(sample_root, 0).ask(model, "net")
     dataset = MiniPlacesLoader(sample_root, None, 10, "val")
     transform = student_code.get_val_transforms()
     for k in range(0, len(dataset), 7):
@@ -227,11 +227,11 @@ def test_the_networks_answers_are_those_to_single_images(sample_root):
 
 def test_flops_by_hand():
     conv = nn.Conv2d(3, 8, 5, stride=2, padding=2)  # 64 x 64 outputs of 8 channels
-    assert inspection.count_flops(conv) == 2 * 64 * 64 * 8 * (3 * 5 * 5)
+    assert analysis.count_flops(conv) == 2 * 64 * 64 * 8 * (3 * 5 * 5)
     dense = nn.Sequential(nn.Flatten(), nn.Linear(3 * 128 * 128, 7))
-    assert inspection.count_flops(dense) == 2 * 7 * 3 * 128 * 128
+    assert analysis.count_flops(dense) == 2 * 7 * 3 * 128 * 128
     ours = student_code.SimpleNet(student_code.CustomConv2d)
-    assert inspection.count_flops(ours) == inspection.count_flops(student_code.SimpleNet())
+    assert analysis.count_flops(ours) == analysis.count_flops(student_code.SimpleNet())
 
 
 def test_smoothing_is_a_weighted_mean_of_what_came_before():
@@ -277,7 +277,9 @@ def test_photographs_keep_their_shape_and_their_pixels():
 
 def test_a_hundred_categories_fit_the_page():
     labels = np.arange(300) % 100
-    many = Answers(labels, np.arange(300) // 3, np.ones(300), [f"category {i}" for i in range(100)])
+    many = Predictions(
+        labels, np.arange(300) // 3, np.ones(300), [f"category {i}" for i in range(100)]
+    )
     names = [t.get_text() for t in figures.class_accuracy({"net": many}).axes[0].get_yticklabels()]
     assert len(names) == 30 and "category 0" in names
     assert len(figures.confusion(many).axes[0].texts) == 0
@@ -359,7 +361,7 @@ def test_a_network_that_recognises_nothing_has_no_strips(our_run, sample_root, t
     (run,) = records.read_runs([our_run])
     study = sections.study(run, sample_root, 0)
     study.answers.predictions = (study.answers.labels + 1) % 10
-    section = sections.explanations(study, sections.Album(tmp_path))
+    section = sections.explanations(study, sections.FigureWriter(tmp_path))
     assert section.blocks[0].text == "No image was recognised." and not list(tmp_path.iterdir())
 
 

@@ -20,14 +20,13 @@ import torch
 from benchmarks.run_state import final_state, points
 from torch import nn
 
-import checkpoint
-import engine
-import event_file
-import logbook
 import main
-import networks
 import student_code
-from scene_net import SceneNet
+from deepvision import checkpoint
+from deepvision.models import registry
+from deepvision.models.scene_net import SceneNet
+from deepvision.runtime import event_file, run_logger
+from deepvision.training import engine
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)
@@ -69,11 +68,11 @@ def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> Non
     torch.set_num_threads(1)
     # what the run's own workers start by, elsewhere than in a forkserver's child
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
-    logbook.LOGS = logs
-    networks.BUILDERS = BUILDERS
+    run_logger.LOGS = logs
+    registry.MODEL_REGISTRY = BUILDERS
     if kill:
         module, name, count, *signals = kill
-        owner = {"os": os, "engine": engine, "book": logbook.Logbook}[module]
+        owner = {"os": os, "engine": engine, "book": run_logger.RunLogger}[module]
         original, calls = getattr(owner, name), iter(range(10**6))
 
         def call(*args, **options):

@@ -13,26 +13,28 @@ import numpy as np
 import pytest
 import torch
 
-import attack
-import checkpoint
-import classifier
-import evaluate
-import figures
-import heads
-import inference
-import logbook
-import protocol
-import reversal
-import train
-from attacks import PGD
-from data import list_images
-from geometry import size
+from deepvision import checkpoint
+from deepvision.attacks.norms import size
+from deepvision.attacks.pgd import PGD
+from deepvision.runtime import run_logger
+from reverse_attack import (
+    attack,
+    classifier,
+    evaluate,
+    figures,
+    heads,
+    inference,
+    protocol,
+    reversal,
+    train,
+)
+from reverse_attack.data import list_images
 from utils import save_image
 
 CODE = Path(__file__).resolve().parents[1] / "code"
 CLASSES, TRAIN, TEST = 4, 40, 16
 NORMS = {"l_1": 12.0, "l_2": 0.5, "l_inf": 8.0}
-TINY = protocol.Size(8, 4, (2, 2), (2, 2), 2, 2, 4, 2, 2, 3, 2)
+TINY = protocol.Budget(8, 4, (2, 2), (2, 2), 2, 2, 4, 2, 2, 3, 2)
 
 
 def draw_images(root: Path) -> None:
@@ -58,7 +60,7 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reverse")
     draw_images(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logbook, "LOGS", folder / "logs")
+        patch.setattr(run_logger, "LOGS", folder / "logs")
         patch.setitem(protocol.PROTOCOLS, "quick", TINY)
         clean = "--task Clean --epochs 6 --batchsize 16 --lr 0.1"
         assert train.main([*clean.split(), *data_root(folder)]) == 0
@@ -116,7 +118,7 @@ def test_inference_prints_and_keeps_its_rows(root, line, capsys):
 
 
 def test_robust_training_and_both_losses_of_the_head_run(root, monkeypatch, tmp_path):
-    monkeypatch.setattr(logbook, "LOGS", tmp_path)
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path)
     robust = "--task Robust --at fgsm-rs --epochs 1 --arch wrn-10-1 --optim Adam --lr 0.001"
     assert run(root, train, robust) == 0
     heads = "--task SSL --loss Dot --n_views 2 --batchsize 512 --epochs 1 --arch wrn-10-1"
@@ -378,10 +380,10 @@ def test_images_come_shuffled_once_held_out_never_trained_on_and_from_the_cache(
 
 
 def test_main_pys_classifiers_can_be_attacked_and_reversed(sample_root, tmp_path, monkeypatch):
-    import networks
+    from deepvision.models import registry
 
-    monkeypatch.setattr(logbook, "LOGS", tmp_path / "logs")
-    net = networks.build("torch_conv", 10)
+    monkeypatch.setattr(run_logger, "LOGS", tmp_path / "logs")
+    net = registry.create_model("torch_conv", 10)
     content = {"kind": "torch_conv", "epoch": 1, "state_dict": net.state_dict()}
     checkpoint.save(path := tmp_path / "scene.pth.tar", content)
     common = ["--dataset", "miniplaces", "--data-root", str(sample_root), "--weights", str(path)]
@@ -395,7 +397,7 @@ def test_main_pys_classifiers_can_be_attacked_and_reversed(sample_root, tmp_path
 
 
 def test_the_public_checkpoints_prefix_and_unused_block_are_ignored(tmp_path):
-    import resnets
+    from reverse_attack import resnets
 
     torch.manual_seed(1)
     net = resnets.build("wrn-10-2", 10)

@@ -8,17 +8,16 @@ import inspect
 import pytest
 import torch
 
-import head_training
-import resnets
-from adaptive import DefenceAware
-from attacks import margin
-from classifier import Classifier
-from contrastive import ContrastiveLoss, Head
-from data import Images
-from geometry import size
-from inference import measure
-from protocol import PROTOCOLS, Evaluation
-from reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
+from deepvision.attacks.norms import size
+from deepvision.attacks.pgd import margin
+from reverse_attack import head_training, resnets
+from reverse_attack.adaptive import DefenceAware
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import ContrastiveLoss, Head
+from reverse_attack.data import Images
+from reverse_attack.inference import measure
+from reverse_attack.protocol import PROTOCOLS, Evaluation
+from reverse_attack.reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
 
 BUDGET = {norm: REVERSAL_FACTOR * epsilon for norm, epsilon in BUDGETS.items()}
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import resnets
-import verdict
-from adaptive import Defended
-from classifier import Classifier
-from contrastive import TEMPERATURE, ContrastiveLoss, Head, chance, info_nce
-from intervals import Paired, mcnemar
-from protocol import Cost, Result
-from reversal import Reversal
-from views import crop, hue_rotation, recolour, views
+from reverse_attack import resnets, verdict
+from reverse_attack.adaptive import Defended
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import TEMPERATURE, ContrastiveLoss, Head, chance, info_nce
+from reverse_attack.intervals import Paired, mcnemar
+from reverse_attack.protocol import Cost, Result
+from reverse_attack.reversal import Reversal
+from reverse_attack.views import crop, hue_rotation, recolour, views
 
 WRN_28_10 = 36_479_194  # parameters, as the paper's table 4 rounds: 36.5 M
 

@@ -9,13 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import robustness
-from attacks import PGD
-from geometry import Pixels, size
-from robustness import budget, describe, health_lights, noisy, sweep, table, vanished, wilson
-from square_attack import Square
+from deepvision.attacks import diagnostics
+from deepvision.attacks.diagnostics import (
+    add_random_noise,
+    budget,
+    describe,
+    run_diagnostics,
+    sweep,
+    table,
+    wilson,
+    zero_gradient_mask,
+)
+from deepvision.attacks.norms import InputScale, size
+from deepvision.attacks.pgd import PGD
+from deepvision.attacks.square import Square
 
-PIXELS = Pixels("255", (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
+PIXELS = InputScale("255", (0.5, 0.4, 0.6), (0.25, 0.2, 0.3))
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in (PIXELS.mean, PIXELS.std))
 CLASSES, SIDE = 6, 12
 RADIUS = {"linf": 16, "l2": 320, "l1": 2600}
@@ -95,7 +104,7 @@ MASKED = {"gradients", "noise", "gradient-free search"}
 )
 def test_each_light_warns_of_its_illness(model, attack, expected, data):
     torch.manual_seed(0)
-    lights = list(health_lights(model, *data, pgd(**attack)))
+    lights = list(run_diagnostics(model, *data, pgd(**attack)))
     assert [light.name for light in lights] == NAMES
     found = {light.name for light in lights if light.warns}
     assert found == expected
@@ -115,7 +124,7 @@ def test_square_keeps_to_ball_and_box_and_beats_noise(norm, goal, data):
     assert (size(delta, norm) <= epsilon * (1 + 1e-4)).all()
     pixels = x_adv * STD + MEAN
     assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
-    noise = noisy(x, pgd(norm, epsilon=epsilon))
+    noise = add_random_noise(x, pgd(norm, epsilon=epsilon))
     assert left(model, x_adv, y) < left(model, noise, y) - 20
     again = replace(square, generator=torch.Generator().manual_seed(0)).perturb(model, x, y)
     assert torch.equal(x_adv, again)
@@ -130,7 +139,7 @@ def test_a_gradient_vanishes_where_it_is_zero_at_every_pixel(data):
 
     x, y = data
     first = x[:, 0, 0, 0]
-    assert vanished(OfOneHalf(), x, y).tolist() == (first > first.mean()).tolist()
+    assert zero_gradient_mask(OfOneHalf(), x, y).tolist() == (first > first.mean()).tolist()
 
 
 def test_square_asks_no_gradient_and_keeps_the_best_it_saw(data):
@@ -171,7 +180,7 @@ def test_squares_shrink_on_the_papers_schedule():
 
 @pytest.mark.parametrize("norm", RADIUS)
 def test_noise_has_the_size_of_the_attack(norm, data):
-    delta = (noisy(data[0], pgd(norm)) - data[0]) * PIXELS.scale(data[0])
+    delta = (add_random_noise(data[0], pgd(norm)) - data[0]) * PIXELS.scale(data[0])
     sizes = size(delta, norm).flatten()
     assert (sizes <= RADIUS[norm] * (1 + 1e-4)).all() and sizes.mean() > 0.6 * RADIUS[norm]
 
@@ -193,8 +202,8 @@ def test_budgets_in_both_units():
 
 
 def test_a_sweep_is_the_attack_at_each_pair(data, monkeypatch):
-    monkeypatch.setattr(robustness, "STEPS", (1, 5))
-    monkeypatch.setattr(robustness, "FACTORS", (4, 16))
+    monkeypatch.setattr(diagnostics, "STEPS", (1, 5))
+    monkeypatch.setattr(diagnostics, "FACTORS", (4, 16))
     model, (x, y) = Healthy(), data
     points = list(sweep(model, x, y, pgd()))
     expected = [(0, 0, left(model, x, y))]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import pictures
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from saliency import grad_cam, saliency
+from deepvision.evaluation import pictures
+from deepvision.evaluation.saliency import grad_cam, saliency
 from student_code import CustomConv2d, SimpleNet, SimpleViT
 
 MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -98,7 +98,7 @@ def test_answers_name_the_most_likely_category():
     logits = torch.tensor([[0.0, 2.0, 0.0], [5.0, 0.0, 0.0]])
     share = 100 * logits.softmax(1).amax(1)
     expected = [f"pier {share[0]:.0f} %", f"abbey {share[1]:.0f} %"]
-    assert pictures.answers(logits, ["abbey", "pier", "zoo"]) == expected
+    assert pictures.format_predictions(logits, ["abbey", "pier", "zoo"]) == expected
 
 
 def test_tiles_stand_in_reading_order_above_their_captions():

@@ -12,25 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import arguments
-import checkpoint
-import engine
-import logbook
 import main
-import networks
-import recipe
-from engine import Clock, Place, Tally
-from reporting import records
-from scene_net import Block, SceneNet
+from deepvision import checkpoint, config
+from deepvision.models import registry
+from deepvision.models.scene_net import Block, SceneNet
+from deepvision.reporting import records
+from deepvision.runtime import run_logger
+from deepvision.training import engine, optim
+from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer
 
 CODE = Path(main.__file__).parent
-CPU = Place(torch.device("cpu"))
+CPU = DeviceContext(torch.device("cpu"))
 
 
 def parsed(*words: str):
     """The arguments of a run, its network's recipe followed."""
-    args = arguments.parse(["data", "--gpu=-1", *words])
-    recipe.follow(args, args.kind or "torch_conv")
+    args = config.parse(["data", "--gpu=-1", *words])
+    optim.resolve_defaults(args, args.kind or "torch_conv")
     return args
 
 
@@ -140,15 +138,15 @@ def test_mirror_images_are_averaged_in_evaluation_alone():
     batches = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
     model = Counting()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    schedule = recipe.make_schedule(parsed("--lr=0", "--epochs=1"), optimizer, 1, 0)
-    tallies = [Tally(CPU.device) for _ in range(2)]
+    schedule = optim.make_scheduler(parsed("--lr=0", "--epochs=1"), optimizer, 1, 0)
+    tallies = [EpochMetrics(CPU.device) for _ in range(2)]
     [_] = engine.train_epoch(
-        model, batches, nn.CrossEntropyLoss(), optimizer, schedule, CPU, tallies[0], Clock(), 0
+        model, batches, nn.CrossEntropyLoss(), optimizer, schedule, CPU, tallies[0], StepTimer(), 0
     )
     assert model.seen == 4
-    [_] = engine.evaluate(model, batches, CPU, tallies[0], Clock())
+    [_] = engine.evaluate(model, batches, CPU, tallies[0], StepTimer())
     assert model.seen == 8
-    [_] = engine.evaluate(model, batches, CPU, *tallies[:1], Clock(), tallies[1])
+    [_] = engine.evaluate(model, batches, CPU, *tallies[:1], StepTimer(), tallies[1])
     assert model.seen == 16
     net, x = random_norms(SceneNet(7, width=8)).eval(), batches[0][0]
     assert not torch.allclose(net(x), net(x.flip(3)))
@@ -159,10 +157,10 @@ def test_mirror_images_are_averaged_in_evaluation_alone():
 
 def test_the_flag_brings_its_recipe_and_given_flags_win():
     args = parsed("--use-scene-net")
-    assert {name: getattr(args, name) for name in recipe.SCENE_NET} == recipe.SCENE_NET
+    assert {name: getattr(args, name) for name in optim.SCENE_NET} == optim.SCENE_NET
     args = parsed("--use-scene-net", "--lr=0.1", "--wd=0", "--ema=0", "--cutmix=1")
     assert (args.lr, args.wd, args.ema, args.cutmix) == (0.1, 0.0, 0.0, 1.0)
-    assert args.label_smoothing == recipe.SCENE_NET["label_smoothing"]
+    assert args.label_smoothing == optim.SCENE_NET["label_smoothing"]
     for words in ([], ["--use-vit"], ["--use-resnet18"]):
         args = parsed(*words)
         assert (args.lr, args.wd) == (0.1, 1e-4)  # the contract's
@@ -178,7 +176,7 @@ def test_attacked_batches_are_not_mixed(capsys):
 
 def test_kernels_and_matrices_alone_decay():
     net = SceneNet(7, width=8, depths=(1, 1))
-    optimizer = recipe.make_optimizer(parsed("--lr=1", "--wd=0.5"), "scene_net", net, CPU)
+    optimizer = optim.make_optimizer(parsed("--lr=1", "--wd=0.5"), "scene_net", net, CPU)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -194,7 +192,7 @@ def mixed_batch(prob: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     given = []
     x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 24).contiguous()
     torch.manual_seed(seed)
-    objective = recipe.cutmix(9, prob)
+    objective = optim.cutmix(9, prob)
     losses = objective(
         lambda x: given.append(x) or x,
         lambda logits, target: given.append(target),
@@ -230,8 +228,10 @@ def test_the_given_share_of_batches_is_mixed_and_a_seed_repeats_it():
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
     torch.manual_seed(0)
-    model = Place(CPU.device, amp).network(SceneNet(7, width=8, depths=(1, 1), drop_path=0))
-    average = recipe.make_average(parsed("--ema=0.5"), model, total_steps=8, done=0)
+    model = DeviceContext(CPU.device, amp).prepare_model(
+        SceneNet(7, width=8, depths=(1, 1), drop_path=0)
+    )
+    average = optim.make_ema(parsed("--ema=0.5"), model, total_steps=8, done=0)
     expected, decay = {}, 1 - 1 / (0.5 * 8)
     for _ in range(4):
         with torch.no_grad():
@@ -244,9 +244,9 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
             expected[name] = mean if value.is_floating_point() else mean.long()
     for name, value in average.module.state_dict().items():
         torch.testing.assert_close(value, expected[name])
-    other = Place(CPU.device, amp).network(SceneNet(7, width=8, depths=(1, 1)))
+    other = DeviceContext(CPU.device, amp).prepare_model(SceneNet(7, width=8, depths=(1, 1)))
     other.load_state_dict(expected)
-    x = CPU.images(torch.randn(2, 3, 64, 64))
+    x = CPU.to_device_images(torch.randn(2, 3, 64, 64))
     logits = average.module.eval()(x)
     torch.testing.assert_close(logits, other.eval()(x), rtol=1e-3, atol=1e-3)
     assert not torch.allclose(logits, model.eval()(x), rtol=0.05)
@@ -254,8 +254,8 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
 
 def test_no_mean_is_kept_where_none_is_asked_for():
     model = nn.Linear(2, 2)
-    assert recipe.make_average(parsed("--use-scene-net", "--ema=0"), model, 10, 0) is None
-    short = recipe.make_average(parsed("--ema=0.05"), model, 10, 0)  # shorter than a step
+    assert optim.make_ema(parsed("--use-scene-net", "--ema=0"), model, 10, 0) is None
+    short = optim.make_ema(parsed("--ema=0.05"), model, 10, 0)  # shorter than a step
     for _ in range(2):
         nn.init.normal_(model.weight)
         short.update_parameters(model)
@@ -281,8 +281,8 @@ def call(tmp_path_factory):
 
     def run(*words: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(logbook, "LOGS", logs)
-            patch.setattr(networks, "BUILDERS", networks.BUILDERS | narrow)
+            patch.setattr(run_logger, "LOGS", logs)
+            patch.setattr(registry, "BUILDERS", registry.MODEL_REGISTRY | narrow)
             return main.main([str(word) for word in words] + ["--gpu=-1", "-j=0", "-p=100"])
 
     run.logs, run.narrow = logs, narrow
@@ -301,7 +301,7 @@ def test_it_learns_the_drawn_scenes(trained):
     rows = records.read_rows(trained / "metrics.jsonl")
     assert rows[-1]["val_top1_accuracy"] >= 20  # of 200 images; chance: 10, no learning: 14 at most
     config = json.loads((trained / "config.json").read_text())
-    assert config["kind"] == "scene_net" and config["arguments"]["wd"] == recipe.SCENE_NET["wd"]
+    assert config["kind"] == "scene_net" and config["arguments"]["wd"] == optim.SCENE_NET["wd"]
 
 
 def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn, capsys):
@@ -313,7 +313,7 @@ def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn,
     plain = capsys.readouterr().out.split("Each image by itself:\n")[1].splitlines()[0]
     assert plain.startswith(f"******Acc@1 {best['best_acc1']:.3f}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "BUILDERS", networks.BUILDERS | call.narrow)
+        patch.setattr(registry, "BUILDERS", registry.MODEL_REGISTRY | call.narrow)
         net = records.read_run(trained, "run").network
     assert torch.equal(net.fc.weight, best["state_dict"]["fc.weight"])
 
@@ -328,7 +328,7 @@ def test_a_resume_without_the_flag_keeps_network_and_recipe(trained, call, drawn
     assert call(drawn, *words) == 0
     config = json.loads((trained / "config.json").read_text())
     assert config["kind"] == "scene_net"
-    assert {k: config["arguments"][k] for k in recipe.SCENE_NET} == recipe.SCENE_NET
+    assert {k: config["arguments"][k] for k in optim.SCENE_NET} == optim.SCENE_NET
 
 
 def test_adversarial_training_and_half_precision_go_with_it(call, drawn, capsys):

@@ -28,7 +28,7 @@ from answers import (
 
 import self_check
 from checks import submission
-from checks.grading import Check, Result, Wrong, run
+from checks.grading import Check, Result, CheckFailed, run
 
 ANSWER_PARTS = tuple(part for part in self_check.PARTS if part != "submission")
 
@@ -203,7 +203,7 @@ def test_what_is_handed_in_is_unpacked_and_imported(tmp_path, packer, problem):
             "writeup/ holds neither a PDF nor a Markdown file"
         ]
     else:
-        with pytest.raises(Wrong, match=problem):
+        with pytest.raises(CheckFailed, match=problem):
             submission.check_project(tmp_path)
 
 

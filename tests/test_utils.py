@@ -16,8 +16,8 @@ from utils import (
     AverageMeter,
     LinearWarmupCosineAnnealingLR,
     UserError,
-    from_here,
     load_image,
+    relpath,
     resize_image,
     save_image,
     warmup_cosine,
@@ -152,7 +152,7 @@ def test_resize_takes_width_before_height():
 
 
 def test_a_place_on_another_drive_is_named_in_full(monkeypatch):
-    assert from_here(os.path.abspath("logs")) == "logs"
+    assert relpath(os.path.abspath("logs")) == "logs"
     monkeypatch.setattr(os.path, "relpath", ntpath.relpath)  # as it is on Windows
-    assert from_here("logs") == "logs"
-    assert from_here("D:\\logs\\run") == "D:\\logs\\run"
+    assert relpath("logs") == "logs"
+    assert relpath("D:\\logs\\run") == "D:\\logs\\run"

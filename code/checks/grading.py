@@ -35,6 +35,8 @@ MAX_NUMEL = 2**24  # of a finding
 MAX_TEXT = 500  # characters of a message
 
 Findings = dict[str, Any]
+Probe = Callable[[ModuleType, Any], Findings]
+Judge = Callable[[Any, Findings], "Sequence[str] | None"]
 # What known mistakes would give, by the hint for each
 Mistakes = Mapping[str, Callable[[], Tensor]]
 
@@ -78,8 +80,8 @@ class Check:
     part: str
     points: float
     name: str
-    probe: Callable[[ModuleType, Any], Findings]
-    judge: Callable[[Any, Findings], Sequence[str] | None]
+    probe: Probe
+    judge: Judge
     explain: str = ""  # what it does, and where the handout asks for it
     inputs: Callable[[int], Any] = lambda seed: None
     bonus: bool = False
@@ -285,6 +287,25 @@ def find(code: ModuleType, name: str) -> Callable:
     if not hasattr(code, name):
         raise CheckFailed(f"student_code.py has no {name}")
     return getattr(code, name)
+
+
+def own(name: str, probe: Probe, judge_own: Judge) -> tuple[Probe, Judge]:
+    """Both halves of a check of a class that the editions 2022 and 2023 have in custom_blocks.
+
+    Such a file imports the class, or the TransformerBlock that holds it: there it is not graded.
+    """
+
+    def probe_it(code: ModuleType, inputs: object) -> Findings:
+        there = next((c for c in (name, "TransformerBlock") if hasattr(code, c)), name)
+        module = getattr(getattr(code, there, None), "__module__", "")
+        return {"not own": True} if module == "custom_blocks" else probe(code, inputs)
+
+    def judge_it(inputs: object, findings: Findings) -> Sequence[str] | None:
+        if "not own" in findings:
+            raise NotGraded(f"{name} comes from custom_blocks (editions 2022 and 2023)")
+        return judge_own(inputs, findings)
+
+    return probe_it, judge_it
 
 
 # ---- For judge --------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from classifier import Classifier
-from contrastive import ContrastiveLoss
-from reversal import Reversal
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import ContrastiveLoss
+from reverse_attack.reversal import Reversal
 
 ATTACKERS_SEEDS = 10**6  # from here on: the attacker cannot know the defender's draws
 

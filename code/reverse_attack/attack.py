@@ -13,17 +13,16 @@ from pathlib import Path
 
 import torch
 
-import _path  # noqa: F401
-import attack_sets
-import classifier
-import data
-import options
-from arguments import at_least
-from attack_sets import NORMS, AttackSet
-from attacks import PGD
-from classifier import Trained
-from geometry import size
-from reversal import BUDGETS, pixels_of
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deepvision.attacks.norms import size
+from deepvision.attacks.pgd import PGD
+from deepvision.config import at_least
+from reverse_attack import attack_sets, classifier, data, options
+from reverse_attack.attack_sets import NORMS, AttackSet
+from reverse_attack.classifier import LoadedClassifier
+from reverse_attack.reversal import BUDGETS, pixels_of
 
 LOSSES = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
 
@@ -87,7 +86,7 @@ def make(args: Namespace, norm: str) -> PGD:
 
 
 def attack_all(
-    args: Namespace, norm: str, trained: Trained, images: data.Images, device: torch.device
+    args: Namespace, norm: str, trained: LoadedClassifier, images: data.Images, device: torch.device
 ) -> AttackSet:
     """Every image attacked, and what the attack was and did."""
     pgd, model, start = make(args, norm), trained.model, time.perf_counter()
@@ -111,7 +110,7 @@ def attack_all(
     return AttackSet(torch.cat(attacked), images.y, describe(pgd, args, norm, trained) | measured)
 
 
-def describe(pgd: PGD, args: Namespace, norm: str, trained: Trained) -> dict:
+def describe(pgd: PGD, args: Namespace, norm: str, trained: LoadedClassifier) -> dict:
     """How the images were made, and of which classifier."""
     return {
         "norm": norm,

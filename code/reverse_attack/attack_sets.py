@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoint import write_atomically
+from deepvision.checkpoint import write_atomically
 from utils import UserError
 
 NORMS = {"l_1": "l1", "l_2": "l2", "l_inf": "linf"}  # the command line's names to attacks.py's

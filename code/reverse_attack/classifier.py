@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import logbook
-import networks
-import resnets
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError, from_here
+from deepvision import checkpoint
+from deepvision.models import registry
+from deepvision.runtime import run_logger
+from reverse_attack import resnets
+from utils import UserError, relpath
 
 UNUSED = "sub_block1."  # a block that the public checkpoint holds and its network never runs
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 
 
 @dataclass
-class Trained:
+class LoadedClassifier:
     """A classifier with the file it came from."""
 
     model: Classifier
@@ -84,7 +84,7 @@ def kind(task: str, dataset: str, arch: str) -> str:
 
 def newest(kinds: Sequence[str]) -> list[Path]:
     """The best checkpoints of all runs of these kinds, the run begun last first."""
-    runs = [f for f in logbook.LOGS.glob("*_exp_*") if f.name.partition("_exp_")[0] in kinds]
+    runs = [f for f in run_logger.LOGS.glob("*_exp_*") if f.name.partition("_exp_")[0] in kinds]
     runs.sort(key=lambda f: f.name.partition("_exp_")[2], reverse=True)
     return [path for run in runs if (path := run / "models" / checkpoint.BEST).is_file()]
 
@@ -106,16 +106,16 @@ def find(weights: str | None, dataset: str, arch: str) -> Path:
     )
 
 
-def from_args(args: Namespace, num_classes: int, device: torch.device) -> Trained:
+def from_args(args: Namespace, num_classes: int, device: torch.device) -> LoadedClassifier:
     """The classifier that the command line means, in evaluation mode on the device."""
     path = find(args.weights, args.dataset, args.arch)
     trained = load(path, args.arch, num_classes, args.bf16)
     trained.model.to(device)
-    print(f"Classifier: {from_here(path)}", flush=True)
+    print(f"Classifier: {relpath(path)}", flush=True)
     return trained
 
 
-def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> Trained:
+def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> LoadedClassifier:
     """A trained classifier: one of train.py's, of main.py's, or a public checkpoint.
 
     Raises:
@@ -124,18 +124,20 @@ def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> Trained
     content = checkpoint.load(path)
     found = content.get("kind")
     if not isinstance(found, str) and "task" not in content:  # perhaps an old file of main.py
-        likely = networks.kind_of(content["state_dict"], num_classes)
-        if not checkpoint.misfits(networks.build(likely, num_classes), content["state_dict"]):
+        likely = registry.infer_arch(content["state_dict"], num_classes)
+        if not checkpoint.state_dict_mismatch(
+            registry.create_model(likely, num_classes), content["state_dict"]
+        ):
             found = likely
-    if isinstance(found, str) and found in networks.BUILDERS:
-        arch, net = found, networks.build(found, num_classes)
+    if isinstance(found, str) and found in registry.MODEL_REGISTRY:
+        arch, net = found, registry.create_model(found, num_classes)
         model = Classifier(net, IMAGENET_MEAN, IMAGENET_STD, bf16)
     else:
         model = Classifier(net := resnets.build(arch, num_classes), bf16=bf16)
         weights = content["state_dict"]
         content["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(UNUSED)}
     checkpoint.load_weights(net, content, path)
-    return Trained(model.eval(), path, sha256(path), arch)
+    return LoadedClassifier(model.eval(), path, sha256(path), arch)
 
 
 def sha256(path: Path) -> str:

@@ -7,27 +7,25 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-import checkpoint
-import classifier
-import data
-import engine
-import resnets
-from adversarial_training import STEPS, AdversarialTraining, Objective, ordinary
-from attacks import PGD, Attack
-from classifier import Classifier
-from engine import Clock, Place, Scores, Tally
-from geometry import Pixels
-from logbook import Console, Logbook, new_run
-from options import choose_device, write_config
-from utils import from_here
+from deepvision import checkpoint
+from deepvision.attacks.norms import InputScale
+from deepvision.attacks.pgd import PGD, Attack
+from deepvision.runtime.run_logger import Console, RunLogger, new_run
+from deepvision.training import engine
+from deepvision.training.engine import DeviceContext, EpochMetrics, Metrics, StepTimer
+from deepvision.training.objectives import STEPS, AdversarialTraining, Objective, standard
+from reverse_attack import classifier, data, resnets
+from reverse_attack.classifier import Classifier
+from reverse_attack.options import choose_device, write_config
+from utils import relpath
 
-LEVELS = Pixels("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+LEVELS = InputScale("255", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 JUDGED = 500  # held-out images that PGD-10 attacks after each epoch
 
 
 def train_classifier(args: Namespace) -> None:
     """Keeps the epoch that does best on the held-out slice: under PGD-10 if it is a robust one."""
-    place = Place(choose_device(args.device))
+    place = DeviceContext(choose_device(args.device))
     listing = data.list_images(args.dataset, args.data_root, "train")
     train, val = listing.split(args.seed, args.limit)
     batches = data.AugmentedBatches(train, args.batchsize, args.seed)
@@ -41,16 +39,16 @@ def train_classifier(args: Namespace) -> None:
     judge = PGD(epsilon=args.epsilon, steps=10, early_stop=True, pixels=LEVELS)
 
     folder = new_run(classifier.kind(args.task, args.dataset, args.arch))
-    print(f"Run: {from_here(folder)}")
+    print(f"Run: {relpath(folder)}")
     best = float("-inf")
     write_config(folder, args, place.device)
-    with Logbook(folder) as book:
+    with RunLogger(folder) as book:
         for epoch in range(args.epochs):
             batches.epoch = epoch
             scores = one_epoch(model, batches, optimizer, scheduler, place, args, epoch, book)
             clean = accuracy(model, val, place)
             attacked = accuracy(model, val.take(slice(JUDGED)), place, judge)
-            book.epoch(epoch + 1, scores, clean, robust_top1_accuracy=attacked.acc1)
+            book.log_epoch(epoch + 1, scores, clean, robust_top1_accuracy=attacked.acc1)
             print(f"Held out: clean {clean.acc1:.2f} %, PGD-10 {attacked.acc1:.2f} %", flush=True)
             judged = attacked.acc1 if args.task == "Robust" else clean.acc1
             if judged > best:
@@ -63,7 +61,7 @@ def train_classifier(args: Namespace) -> None:
 def objective_of(args: Namespace) -> Objective:
     """What each batch descends: its loss, or that of the attacked batch."""
     if args.task == "Clean":
-        return ordinary
+        return standard
     return AdversarialTraining(
         mode=args.at, epsilon=args.epsilon, steps=STEPS[args.at], pixels=LEVELS
     )
@@ -80,12 +78,12 @@ def one_epoch(
     batches: data.AugmentedBatches,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    place: Place,
+    place: DeviceContext,
     args: Namespace,
     epoch: int,
-    book: Logbook,
-) -> Scores:
-    tally, clock, criterion = Tally(place.device), Clock(), nn.CrossEntropyLoss()
+    book: RunLogger,
+) -> Metrics:
+    tally, clock, criterion = EpochMetrics(place.device), StepTimer(), nn.CrossEntropyLoss()
     steps = engine.train_epoch(
         model,
         batches,
@@ -101,29 +99,29 @@ def one_epoch(
     with Console(len(batches), print_freq=50) as console:
         for i, rate in enumerate(steps):
             if console.step(i):
-                last, mean = tally.read()
+                last, mean = tally.compute()
                 console.train_line(epoch + 1, i, clock, last, mean, batches.size)
-                book.step(epoch * len(batches) + i, last.loss, rate)
-    return tally.read()[1]
+                book.log_step(epoch * len(batches) + i, last.loss, rate)
+    return tally.compute()[1]
 
 
 def accuracy(
-    model: nn.Module, images: data.Images, place: Place, attack: Attack | None = None
-) -> Scores:
+    model: nn.Module, images: data.Images, place: DeviceContext, attack: Attack | None = None
+) -> Metrics:
     """On these images, or on what the attack makes of them."""
-    tally = Tally(place.device)
+    tally = EpochMetrics(place.device)
     model.eval()
     for x, y in images.batches(250):
-        x, y = place.images(x), place.labels(y)
+        x, y = place.to_device_images(x), place.to_device_labels(y)
         if attack is not None:
             x = attack.perturb(model, x, y)
         with torch.no_grad():
-            tally.add(model(x), y)
-    return tally.read()[1]
+            tally.update(model(x), y)
+    return tally.compute()[1]
 
 
 def content_of(
-    model: Classifier, args: Namespace, epoch: int, clean: Scores, attacked: Scores
+    model: Classifier, args: Namespace, epoch: int, clean: Metrics, attacked: Metrics
 ) -> dict:
     return {
         "epoch": epoch,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classifier import Classifier
-from views import views
+from reverse_attack.classifier import Classifier
+from reverse_attack.views import views
 
 TEMPERATURE = 0.2
 SIMILARITIES = ("Cosine", "Dot")

@@ -57,7 +57,7 @@ def permutation(n: int, seed: int) -> Tensor:
 
 
 @dataclass
-class Listing:
+class ImageIndex:
     """The images of one split before they are read: where they are, and their labels."""
 
     root: Path
@@ -124,7 +124,7 @@ class Listing:
         return np.stack(images)
 
 
-def list_images(dataset: str, root: Path, split: str) -> Listing:
+def list_images(dataset: str, root: Path, split: str) -> ImageIndex:
     """
     Raises:
         UserError: the data set is not below `root`.
@@ -141,7 +141,7 @@ def list_images(dataset: str, root: Path, split: str) -> Listing:
     )
 
 
-def _list_folders(root: Path, split: str) -> Listing:
+def _list_folders(root: Path, split: str) -> ImageIndex:
     folder = root / "cifar10" / split
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
     files = [
@@ -151,10 +151,10 @@ def _list_folders(root: Path, split: str) -> Listing:
     if not all(files) or not classes:
         raise UserError(f"{folder} has no class folders, or one without images")
     y = torch.repeat_interleave(torch.tensor([len(f) for f in files]))
-    return Listing(root, f"cifar10-{split}", y, classes, [p for f in files for p in f])
+    return ImageIndex(root, f"cifar10-{split}", y, classes, [p for f in files for p in f])
 
 
-def _list_torchvision(root: Path, split: str, download: bool = False) -> Listing:
+def _list_torchvision(root: Path, split: str, download: bool = False) -> ImageIndex:
     from torchvision.datasets import CIFAR10
 
     try:
@@ -162,16 +162,20 @@ def _list_torchvision(root: Path, split: str, download: bool = False) -> Listing
     except (OSError, RuntimeError) as e:  # missing, damaged, or the network
         reason = str(e).splitlines()[0]
         raise UserError(f"torchvision's CIFAR-10 in {root}: {reason}; try --download") from None
-    return Listing(root, "cifar10", torch.tensor(found.targets), found.classes, pixels=found.data)
+    return ImageIndex(
+        root, "cifar10", torch.tensor(found.targets), found.classes, pixels=found.data
+    )
 
 
-def _list_miniplaces(root: Path, split: str) -> Listing:
+def _list_miniplaces(root: Path, split: str) -> ImageIndex:
     loader = MiniPlacesLoader(root, None, count_classes(root), split)
     names = loader.get_index_mapping()
     classes = [names.get(str(i), str(i)) for i in range(loader.num_classes)]
     paths = [loader.image_folder / p for p in loader.paths]
     centre = Compose([Scale(144), CenterCrop(128)])  # what main.py's classifiers are shown
-    return Listing(root, f"miniplaces-{split}", torch.tensor(loader.labels), classes, paths, centre)
+    return ImageIndex(
+        root, f"miniplaces-{split}", torch.tensor(loader.labels), classes, paths, centre
+    )
 
 
 def download_cifar10(root: Path) -> None:

@@ -11,15 +11,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import _path  # noqa: F401
-import classifier
-import data
-import heads
-import options
-import verdict
-from arguments import at_least
-from protocol import PROTOCOLS, Evaluation
-from reversal import BUDGETS
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deepvision.config import at_least
+from reverse_attack import classifier, data, heads, options, verdict
+from reverse_attack.protocol import PROTOCOLS, Evaluation
+from reverse_attack.reversal import BUDGETS
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 

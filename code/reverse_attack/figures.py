@@ -16,22 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import _path  # noqa: F401
-import classifier
-import data
-import head_training
-import heads
-import logbook
-import options
-from arguments import at_least
-from attack_sets import NORMS
-from attacks import PGD, cross_entropy
-from checkpoint import write_atomically
-from classifier import Classifier
-from contrastive import SIMILARITIES, ContrastiveLoss
-from reversal import BUDGETS, Reversal, pixels_of
-from robustness import wilson
-from utils import UserError, from_here
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deepvision.attacks.diagnostics import wilson
+from deepvision.attacks.pgd import PGD, cross_entropy
+from deepvision.checkpoint import write_atomically
+from deepvision.config import at_least
+from deepvision.runtime import run_logger
+from reverse_attack import classifier, data, head_training, heads, options
+from reverse_attack.attack_sets import NORMS
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import SIMILARITIES, ContrastiveLoss
+from reverse_attack.reversal import BUDGETS, Reversal, pixels_of
+from utils import UserError, relpath
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 ITERATIONS = (0, 5, 10, 15)
@@ -198,9 +196,9 @@ def heads_compared(subject: Subject) -> list[dict]:
 FIGURES = {f.__name__: f for f in (iterations, loss_curve, vectors, loss_histogram, heads_compared)}
 
 
-def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook) -> None:
+def draw(subject: Subject, names: list[str], folder: Path, book: run_logger.RunLogger) -> None:
     """Measure and plot these figures; each becomes a PNG and a picture in TensorBoard."""
-    import plots
+    from reverse_attack import plots
 
     plotted = {
         "iterations": lambda found: plots.iterations(found, ITERATIONS),
@@ -220,7 +218,7 @@ def draw(subject: Subject, names: list[str], folder: Path, book: logbook.Logbook
         fig.savefig(path, dpi=plots.DPI)
         fig.canvas.draw()
         pixels = torch.from_numpy(plots.pixels(fig)).permute(2, 0, 1).float() / 255
-        book.picture(f"Reverse/{name}", pixels, 0)
+        book.add_image(f"Reverse/{name}", pixels, 0)
         print(f"{path.name} is drawn", flush=True)
     write_atomically(kept, (json.dumps(numbers, indent=1) + "\n").encode())
 
@@ -242,10 +240,10 @@ def figures(args: Namespace) -> None:
         images.y.to(device),
         device,
     )
-    folder = logbook.run_of(trained.path) or logbook.new_run("figures")
-    with logbook.Logbook(folder) as book:
+    folder = run_logger.run_dir_of(trained.path) or run_logger.new_run("figures")
+    with run_logger.RunLogger(folder) as book:
         draw(subject, args.only, args.results, book)
-    there, events = map(from_here, (args.results, folder))
+    there, events = map(relpath, (args.results, folder))
     print(f"Pictures: {there}; tensorboard --logdir={events}")
 
 

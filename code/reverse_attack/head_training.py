@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import classifier
-import data
-import heads
-from classifier import Classifier
-from contrastive import Head, chance, info_nce
-from logbook import Logbook, new_run
-from options import choose_device, write_config
-from utils import from_here
-from views import views
+from deepvision import checkpoint
+from deepvision.runtime.run_logger import RunLogger, new_run
+from reverse_attack import classifier, data, heads
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import Head, chance, info_nce
+from reverse_attack.options import choose_device, write_config
+from reverse_attack.views import views
+from utils import relpath
 
 JUDGED_BATCH = 512  # held-out images that are each other's negatives, whatever --batchsize
 BANK = 512  # clean images whose features are the fixed negatives
@@ -125,9 +123,9 @@ def train_head(args: Namespace) -> None:
 
     at_chance, best = chance(candidates(held_out)), float("inf")
     folder = new_run(classifier.kind("SSL", args.dataset, trained.arch))
-    print(f"Run: {from_here(folder)}")
+    print(f"Run: {relpath(folder)}")
     write_config(folder, args, device)
-    with Logbook(folder) as book:
+    with RunLogger(folder) as book:
         passes = fit(features, args.loss, args.epochs, args.batchsize, args.lr, args.optim, seed)
         for epoch, (head, loss) in enumerate(passes, 1):
             val_loss = held_out_loss(head, held_out, args.loss)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import classifier
-from classifier import Trained
-from contrastive import SIMILARITIES, ContrastiveLoss, Head
-from utils import UserError, from_here
+from deepvision import checkpoint
+from reverse_attack import classifier
+from reverse_attack.classifier import LoadedClassifier
+from reverse_attack.contrastive import SIMILARITIES, ContrastiveLoss, Head
+from utils import UserError, relpath
 
 
 @dataclass
@@ -24,14 +24,16 @@ class TrainedHead:
     bank: Tensor
     content: dict
 
-    def loss(self, trained: Trained, n_views: int, negatives: str = "bank") -> ContrastiveLoss:
+    def loss(
+        self, trained: LoadedClassifier, n_views: int, negatives: str = "bank"
+    ) -> ContrastiveLoss:
         """What a reversal descends; negatives: "bank", or "batch" for the other images there."""
         bank = self.bank if negatives == "bank" else None
         loss = ContrastiveLoss(trained.model, self.head, self.content["loss"], n_views, bank)
         return loss.to(trained.model.mean.device).eval()
 
 
-def save(path: Path, head: Head, bank: Tensor, trained: Trained, **about: object) -> None:
+def save(path: Path, head: Head, bank: Tensor, trained: LoadedClassifier, **about: object) -> None:
     checkpoint.save(
         path,
         {
@@ -44,7 +46,7 @@ def save(path: Path, head: Head, bank: Tensor, trained: Trained, **about: object
     )
 
 
-def from_args(args: Namespace, trained: Trained) -> TrainedHead:
+def from_args(args: Namespace, trained: LoadedClassifier) -> TrainedHead:
     """--head, else the newest head that was trained on this very classifier.
 
     Raises:
@@ -57,11 +59,11 @@ def from_args(args: Namespace, trained: Trained) -> TrainedHead:
     fits = isinstance(bank, Tensor) and bank.shape[1:] == (features,)
     if not fits or content.get("loss") not in SIMILARITIES:
         raise UserError(f"{path} is no self-supervised head of this project")
-    print(f"Head: {from_here(path)}", flush=True)
+    print(f"Head: {relpath(path)}", flush=True)
     return TrainedHead(head.eval(), bank, content)
 
 
-def find(path: str | None, trained: Trained, dataset: str) -> tuple[Path, dict]:
+def find(path: str | None, trained: LoadedClassifier, dataset: str) -> tuple[Path, dict]:
     if path:
         content = checkpoint.load(path)
         if content.get("classifier_sha256") != trained.sha256:
@@ -77,7 +79,7 @@ def find(path: str | None, trained: Trained, dataset: str) -> tuple[Path, dict]:
     )
 
 
-def untrained(trained: Trained, like: TrainedHead, seed: int) -> TrainedHead:
+def untrained(trained: LoadedClassifier, like: TrainedHead, seed: int) -> TrainedHead:
     """The control: the same bank, a head as it is before training."""
     torch.manual_seed(seed)
     head: nn.Module = Head(trained.model.last.in_features)

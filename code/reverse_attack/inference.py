@@ -17,18 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import _path  # noqa: F401
-import attack_sets
-import classifier
-import data
-import heads
-import logbook
-import options
-from arguments import at_least
-from attack_sets import NORMS
-from classifier import Trained
-from intervals import Paired, percent
-from reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deepvision.config import at_least
+from deepvision.runtime import run_logger
+from reverse_attack import attack_sets, classifier, data, heads, options
+from reverse_attack.attack_sets import NORMS
+from reverse_attack.classifier import LoadedClassifier
+from reverse_attack.intervals import Paired, percent
+from reverse_attack.reversal import BUDGETS, REVERSAL_FACTOR, Reversal, noise
 from utils import UserError
 
 Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
@@ -53,7 +51,7 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def make_repair(args: Namespace, trained: Trained) -> Repair | None:
+def make_repair(args: Namespace, trained: LoadedClassifier) -> Repair | None:
     """What happens to the images before the classifier sees them; None = nothing."""
     norm = "linf" if args.norm == "clean" else NORMS[args.norm]
     radius = REVERSAL_FACTOR * BUDGETS[norm] if args.epsilon is None else args.epsilon
@@ -109,15 +107,15 @@ def measure(
     return rows
 
 
-def report(args: Namespace, trained: Trained, rows: Rows) -> None:
+def report(args: Namespace, trained: LoadedClassifier, rows: Rows) -> None:
     """Print the rows and add them to the evaluations of the classifier's run."""
-    folder = logbook.run_of(trained.path) or logbook.new_run("inference")
+    folder = run_logger.run_dir_of(trained.path) or run_logger.new_run("inference")
     print(f"{'Perturbation':<18} | Accuracy (%)      | Test loss")
     for name, (right, losses, seconds) in rows.items():
         n, hits = len(right), right.sum().item()
         print(f"{name:<18} | {percent(hits, n):<17} | {losses.mean():.4f}")
         options_used = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
-        logbook.add_evaluation(
+        run_logger.add_evaluation(
             folder,
             perturbation=name,
             accuracy=100 * hits / n,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from robustness import wilson
+from deepvision.attacks.diagnostics import wilson
 
 
 def mcnemar(fixed: int, broken: int) -> float:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-import logbook
-import resnets
-from arguments import OneLineParser, at_least
-from checkpoint import write_atomically
-from data import DATASETS, download_cifar10
-from engine import device_name
+from deepvision.checkpoint import write_atomically
+from deepvision.config import OneLineParser, at_least
+from deepvision.runtime import run_logger
+from deepvision.training.engine import device_name
+from reverse_attack import resnets
+from reverse_attack.data import DATASETS, download_cifar10
 from utils import UserError
 
 
@@ -92,7 +92,7 @@ def provenance(args: Namespace, device: torch.device) -> dict:
     return {
         "command": shlex.join(["python", f"reverse_attack/{script}", *words]),
         "arguments": kept,
-        "commit": logbook.commit(),
+        "commit": run_logger.commit(),
         "device": device_name(device),
         "torch": torch.__version__,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from adaptive import DefenceAware, Defended
-from attacks import APGD, LOSSES, PGD, Attack, cross_entropy
-from classifier import Classifier
-from contrastive import ContrastiveLoss
-from reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
-from square_attack import Square
+from deepvision.attacks.pgd import APGD, LOSSES, PGD, Attack, cross_entropy
+from deepvision.attacks.square import Square
+from reverse_attack.adaptive import DefenceAware, Defended
+from reverse_attack.classifier import Classifier
+from reverse_attack.contrastive import ContrastiveLoss
+from reverse_attack.reversal import REVERSAL_FACTOR, Reversal, noise, pixels_of
 
 WEIGHTS = (1.0, 10.0)  # lambda of the defence-aware attacks
 BPDA = "BPDA + EOT"
@@ -30,7 +30,7 @@ Repair = Callable[[Tensor, int], Tensor]  # (pixels, seed) -> pixels
 
 
 @dataclass(frozen=True)
-class Size:
+class Budget:
     """How much work a protocol does: images, and steps of every loop."""
 
     n: int  # images of the static and transfer columns and of the controls
@@ -47,8 +47,8 @@ class Size:
 
 
 PROTOCOLS = {
-    "quick": Size(500, 100, (40, 4), (10, 2), 4, 20, 40, 20, 10, 300, 30),
-    "full": Size(1000, 1000, (40, 4), (40, 4), 20, 50, 100, 50, 50, 5000, 500),
+    "quick": Budget(500, 100, (40, 4), (10, 2), 4, 20, 40, 20, 10, 300, 30),
+    "full": Budget(1000, 1000, (40, 4), (40, 4), 20, 50, 100, 50, 50, 5000, 500),
 }
 
 
@@ -73,7 +73,7 @@ class Result:
     defence: Cost
 
 
-Made = tuple[Tensor, Cost]  # attacked images and what they cost
+AttackedBatch = tuple[Tensor, Cost]  # attacked images and what they cost
 Table = dict[str, dict[str, Result]]  # by row, then by column
 
 
@@ -128,7 +128,7 @@ class Evaluation:
     untrained: ContrastiveLoss
     x: Tensor
     y: Tensor
-    size: Size
+    size: Budget
     epsilon: float
     batchsize: int
     seed: int
@@ -158,7 +158,7 @@ class Evaluation:
         loss = (loss or self.contrastive).on_views(n_views)
         return Reversal(loss, "linf", REVERSAL_FACTOR * self.epsilon, steps=steps)
 
-    def judge(self, made: Made, repair: Repair) -> Result:
+    def judge(self, made: AttackedBatch, repair: Repair) -> Result:
         """The classifier's answers to attacked images, as they are and after `repair`."""
         x, attack = made
         return self.compare(x, attack, lambda part, seed: repair(x[part], seed))
@@ -179,7 +179,7 @@ class Evaluation:
         parts = [(slice(i, min(i + self.batchsize, n)), self.seed + i) for i in starts]
         return torch.cat([function(part, seed) for part, seed in parts])
 
-    def controls(self, attacked: Made) -> Table:
+    def controls(self, attacked: AttackedBatch) -> Table:
         """Other changes of the same radius to images that PGD attacked; and to clean ones."""
         radius = REVERSAL_FACTOR * self.epsilon
         untrained = self.reversal(self.size.reversal, self.untrained)
@@ -223,7 +223,7 @@ class Evaluation:
             epsilon=self.epsilon, pixels=pixels_of("linf"), steps=queries - 1, share=FIRST_SQUARES
         )
 
-    def static_examples(self) -> Iterator[tuple[str, Made]]:
+    def static_examples(self) -> Iterator[tuple[str, AttackedBatch]]:
         """Made on the classifier as it is, from all images."""
         for row, attack in self.gradient_attacks().items():
             yield row, self.perturb(attack, self.model, len(self.x))
@@ -232,7 +232,7 @@ class Evaluation:
             public = PublicAPGD(self.epsilon, self.size.apgd)
             yield "APGD-CE, torchattacks", self.perturb(public, self.model, len(self.x))
 
-    def adaptive_examples(self, reversal: Reversal) -> Iterator[tuple[str, str, Made]]:
+    def adaptive_examples(self, reversal: Reversal) -> Iterator[tuple[str, str, AttackedBatch]]:
         """Made by attacks that know of the reversal, from the first images: row, column, images."""
         few, seed = self.size.n_adaptive, self.seed
         for row, attack in self.gradient_attacks().items():
@@ -249,7 +249,7 @@ class Evaluation:
         square = replace(self.square(self.size.defended_queries), early_stop=False)
         yield "Square", "queries", self.perturb(square, defended, few)
 
-    def perturb(self, attack: Attack | PublicAPGD, model: nn.Module, n: int) -> Made:
+    def perturb(self, attack: Attack | PublicAPGD, model: nn.Module, n: int) -> AttackedBatch:
         def one_batch(part: slice, seed: int) -> Tensor:
             seeded = replace(attack, generator=torch.Generator().manual_seed(seed))
             return seeded.perturb(model, self.x[part], self.y[part]).clamp(0, 1)

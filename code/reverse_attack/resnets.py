@@ -75,7 +75,7 @@ class WideResNet(nn.Module):
         self.block3 = Group(n, planes[2], planes[3], stride=2)
         self.bn1 = nn.BatchNorm2d(planes[3])
         self.fc = nn.Linear(planes[3], num_classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.block3(self.block2(self.block1(self.conv1(x))))
@@ -95,14 +95,14 @@ class PreActResNet18(nn.Module):
             in_planes = planes
         self.bn = nn.BatchNorm2d(512)
         self.linear = nn.Linear(512, num_classes)
-        initialise(self)
+        init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         return self.linear(F.relu(self.bn(h)).mean((2, 3)))
 
 
-def initialise(net: nn.Module) -> None:
+def init_weights(net: nn.Module) -> None:
     """Kaiming's normal for convolutions (He et al., 2015); the last layer's bias starts at 0."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks import PGD
-from geometry import Pixels, random_start
+from deepvision.attacks.norms import InputScale, random_start
+from deepvision.attacks.pgd import PGD
 
 # The budgets of the attacks: of [0, 255] in l_inf, of [0, 1] in the others
 BUDGETS = {"linf": 8.0, "l2": 0.5, "l1": 12.0}
 REVERSAL_FACTOR = 2  # the defence may move a pixel twice as far as the attack
 
 
-def pixels_of(norm: str) -> Pixels:
+def pixels_of(norm: str) -> InputScale:
     """The unit of epsilon and step size: levels of 255 for l_inf, pixels of [0, 1] otherwise."""
-    return Pixels("255" if norm == "linf" else "pixel", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return InputScale("255" if norm == "linf" else "pixel", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ def noise(x: Tensor, norm: str, epsilon: float, seed: int) -> Tensor:
     """The control: x moved at random within the ball that the reversal has."""
     generator = torch.Generator().manual_seed(seed)
     pixels = pixels_of(norm)
-    lo, hi = pixels.room(x)
+    lo, hi = pixels.delta_bounds(x)
     delta = random_start(lo, hi, norm, epsilon, generator)
     return (x + delta / pixels.scale(x)).clamp(0, 1)

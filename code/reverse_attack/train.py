@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 
-import _path  # noqa: F401
-import options
-from adversarial_training import STEPS
-from arguments import at_least
-from classifier_training import train_classifier
-from contrastive import SIMILARITIES
-from head_training import train_head
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from deepvision.config import at_least
+from deepvision.training.objectives import STEPS
+from reverse_attack import options
+from reverse_attack.classifier_training import train_classifier
+from reverse_attack.contrastive import SIMILARITIES
+from reverse_attack.head_training import train_head
 
 DEFAULTS = {  # of a task, where the command line says nothing
     "Clean": {"batchsize": 128, "epochs": 8, "lr": 0.2, "optim": "SGD"},

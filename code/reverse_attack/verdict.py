@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import write_atomically
-from intervals import Paired
-from protocol import BPDA, Cost, Result, Table
-from robustness import wilson
-from utils import from_here
+from deepvision.attacks.diagnostics import wilson
+from deepvision.checkpoint import write_atomically
+from reverse_attack.intervals import Paired
+from reverse_attack.protocol import BPDA, Cost, Result, Table
+from utils import relpath
 
 LEVEL = 0.05  # of significance
 
@@ -105,7 +105,7 @@ def write(stem: Path, about: dict, plain: Table, controls: Table, adaptive: Tabl
     content["verdict"] = in_words(content)
     write_atomically(stem.with_suffix(".json"), (json.dumps(content, indent=2) + "\n").encode())
     write_atomically(stem.with_suffix(".md"), markdown(content).encode())
-    print(f"{content['verdict']}\nWritten: {from_here(stem)}.json, .md")
+    print(f"{content['verdict']}\nWritten: {relpath(stem)}.json, .md")
 
 
 def markdown(content: dict) -> str:

@@ -1,0 +1,58 @@
+"""From an exception to one line on standard error and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+
+import torch
+
+from utils import UserError
+
+DEAD_WORKER = "a process that loads images died ({}): use fewer of them, -j 1 or -j 0"
+NO_MEMORY = "memory may have run out, or /dev/shm is full"
+
+
+def worker_death(error: RuntimeError) -> UserError | None:
+    """The UserError for torch's report of a dead worker; None for any other error."""
+    text = str(error)
+    if "DataLoader worker" in text and "Caught" not in text:
+        return UserError(DEAD_WORKER.format(NO_MEMORY))
+    if "shared memory" in text or "No space left on device" in text:
+        return UserError(DEAD_WORKER.format("/dev/shm is full"))
+    return None
+
+
+def exit_code(error: BaseException) -> int:
+    """Print what the user needs to know about `error` and return the exit code.
+
+    Raises:
+        error: itself, where it is a bug and not a user's mistake.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        print("Stopped at once; saved files are intact.", file=sys.stderr)
+        return 130
+    message = explain(error)
+    if message is None:
+        raise error
+    if hasattr(signal, "SIGCHLD"):  # torch raises again at each worker that ends from here on
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for a user's mistake or a limit of the machine; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is too small for this: use a smaller batch size"
+    if isinstance(error, RuntimeError) and (death := worker_death(error)):
+        return str(death)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python would fail to flush at exit
+        place = error.filename or "the output"
+        return f"cannot write {place}: {error.strerror}; saved files are intact"
+    return None
