@@ -36,7 +36,7 @@ from utils import UserError
 
 MAX_FRAME = 2**27  # bytes of an observation
 START_LIMIT = 600.0  # seconds until a worker has imported torch, on a machine under full load
-PREFIX = "grade-"  # of the temporary folders
+PREFIX = "grade-worker-"  # of the temporary folders
 NEEDED = {"checks", "grader", "self_check.py"}  # what a worker reads of this project
 
 
@@ -115,9 +115,9 @@ class Worker:
             lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
             raise UserError(f"the sandbox does not start: {[str(e), *lines][-1]}") from None
 
-    def observation(self, limit: float) -> Observation:
+    def observation(self) -> Observation:
         """The next observation; one with an error if the worker dies or writes anything else."""
-        frame = self.receive(WALL_FACTOR * limit + sandbox.CPU_MARGIN)
+        frame = self.receive(WALL_FACTOR * self.settings.limit + sandbox.CPU_MARGIN)
         try:
             saved = torch.load(io.BytesIO(frame), map_location="cpu", weights_only=True)
             return Observation.from_dict(saved)
@@ -209,7 +209,7 @@ def observe_all(submission: Submission, settings: Settings) -> list[Observation]
         with Worker(submission, todo, settings) as worker:
             worker.wait_until_ready()
             try:
-                imported = worker.observation(settings.limit)
+                imported = worker.observation()
             except Died as e:
                 imported = Observation(error=str(e))
             if imported.error:
@@ -217,7 +217,7 @@ def observe_all(submission: Submission, settings: Settings) -> list[Observation]
                 return found + [Observation(error=text, hint=imported.hint)] * len(todo)
             try:
                 for _ in todo:
-                    found.append(worker.observation(settings.limit))
+                    found.append(worker.observation())
             except Died as e:
                 if not (len(found) > todo.start and worker.process.returncode == 0):
                     found.append(Observation(error=str(e)))

@@ -28,7 +28,7 @@ PROCESSES = 32  # and threads
 FILE_SIZE = 2**26
 JUDGE_MEMORY, JUDGE_CPU = 2**32, 3600
 DISK, DISK_FILES = 2**28, 10_000  # of the whole folder
-CPU_MARGIN = 5  # seconds; `observe` stops a probe at its limit, this stops the process
+CPU_MARGIN = 10  # seconds; `observe` stops a probe at its limit, this stops the process
 FIRST_USER = 2_100_000_000  # + process id: a user that no system has
 
 
@@ -67,16 +67,16 @@ def user_of(prefix: Sequence[str]) -> int | None:
     return int(words[0].partition("=")[2]) if words else None
 
 
-def describe(prefix: Sequence[str]) -> str:
-    """What a teacher should know about the isolation, or ''."""
+def weaknesses(prefix: Sequence[str]) -> list[str]:
+    """What a teacher should know about the isolation here."""
+    found = []
     if not prefix:
-        return (
-            "submissions are not isolated here: they can stop this program and change your files "
-            "(use a container, or root on Linux)"
-        )
-    if any(word.startswith("--ambient-caps") for word in prefix):
-        return "Python is installed where root alone may read, so submissions may read any file"
-    return ""
+        found.append("submissions can end this program and your processes: use a container")
+    if not landlock_version():
+        found.append("there is no Landlock: submissions can read and change files outside theirs")
+    elif any(word.startswith("--ambient-caps") for word in prefix):
+        found.append("root alone can read this Python, so submissions can read root's files")
+    return found
 
 
 def kill_all(process: subprocess.Popen, user: int | None) -> None:
@@ -178,18 +178,23 @@ TCP = 0b11  # bind, connect
 SCOPE = 0b11  # abstract sockets and signals to processes outside
 
 
+def landlock_version() -> int:
+    """The version of Landlock's interface in this kernel; 0 without it."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    return max(0, ctypes.CDLL(None).syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1))
+
+
 def confine(folder: Path, hidden: Sequence[Path]) -> bool:
     """Confine this thread and those that it starts; return False where Landlock is missing.
 
     folder: the only one that may be written in.
     hidden: folders and files that may not be read.
     """
-    if not sys.platform.startswith("linux"):
+    version = landlock_version()
+    if not version:
         return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    version = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
-    if version < 1:
-        return False
+    libc = ctypes.CDLL(None)
     write = WRITE_FILE | CHANGE_FOLDER | (TRUNCATE if version >= 3 else 0)
     fields = [write | READ_FILE]
     fields += [TCP] if version >= 4 else []
