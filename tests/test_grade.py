@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def with_import(*lines: str, wrong: bool = False) -> str:
 
 def mishaps(out: Path) -> dict[str, str]:
     """Submissions by the name of their mishap; `out` is where the marks go."""
-    forged = f"{out}/loops/results.json", f"{out}/forges/results.json", "results.json"
+    forged = f"{out}/loops/results.json", f"{out}/tampers/results.json", "results.json"
     return {
         "loops": with_mishap("while True: pass"),
         "exits": with_mishap("sys.exit(0)"),
@@ -60,24 +61,24 @@ def mishaps(out: Path) -> dict[str, str]:
             "while True:", "    open(str(time.time()), 'wb').write(bytes(2**25))"
         ),
         "kills": with_mishap("os.killpg(os.getpgid(os.getppid()), 9)", "os.kill(-1, 9)"),
-        "prints": with_import("print('x' * 10**7)", "os.write(2, bytes(10**7))"),
-        "deletes": with_import("shutil.rmtree(os.getcwd(), ignore_errors=True)"),
-        "patches": with_import(
+        "prints and deletes": with_import(
+            "print('x' * 10**7)",
+            "os.write(2, bytes(10**7))",
+            "shutil.rmtree(os.getcwd(), ignore_errors=True)",
+        ),
+        "tampers": with_import(
             "import builtins, checks.grading, self_check",
             "yes = lambda *args, **kwargs: True",
             "torch.allclose = torch.isclose = torch.equal = torch.Tensor.allclose = yes",
             "checks.grading.compare = checks.grading.judge = checks.grading.expect = yes",
             "builtins.all = yes",
             "self_check.results_json = yes",
-            wrong=True,
-        ),
-        "forges": with_import(
             f"for path in {forged}:",
             "    try: open(path, 'w').write('{\"score\": 100}')",
             "    except OSError: pass",
             wrong=True,
         ),
-        "copies": with_import(f"exec(open({str(out.parent / 'class' / 'prints.py')!r}).read())"),
+        "copies": with_import(f"exec(open({str(out.parent / 'class' / 'loops.py')!r}).read())"),
     }
 
 
@@ -131,7 +132,7 @@ def graded(open_folder):
     (folder / "Zoë O'Neil_123" / "hw 2" / "code" / "student_code.py").write_text(ANSWER)
     (folder / "notes.txt").write_text("no submission")
     (folder / "broken.zip").write_bytes(b"PK no zip")
-    words = ["--jobs", "2", "--cpu-limit", "4", "--csv", str(root / "grades.csv")]
+    words = ["--jobs", "2", "--cpu-limit", "5", "--csv", str(root / "grades.csv")]
     first = command(folder, out, *words)
     assert wait_for(lambda: list(out.glob("*/results.json"))), first.communicate()
     first.kill()
@@ -174,14 +175,13 @@ def test_a_mishap_costs_the_check_that_meets_it_alone(graded, name):
     assert lost(graded[0], name) == {CNN_CHECK}
 
 
-@pytest.mark.parametrize("name", ["prints", "deletes"])
-def test_what_harms_nobody_costs_nothing(graded, name):
-    assert lost(graded[0], name) == set()
+def test_what_harms_nobody_costs_nothing(graded):
+    assert lost(graded[0], "prints and deletes") == set()
 
 
-@pytest.mark.parametrize("name", ["patches", "forges"])
-def test_a_wrong_answer_wins_nothing_by_tampering(graded, name):
-    assert "attention: softmax attention, head by head" in lost(graded[0], name)
+def test_a_wrong_answer_wins_nothing_by_changed_functions_and_forged_files(graded):
+    attention = {"softmax attention, head by head", "large scores, against PyTorch's own"}
+    assert {f"attention: {name}" for name in attention} <= lost(graded[0], "tampers")
 
 
 def test_a_submission_cannot_read_another(graded):
@@ -202,7 +202,8 @@ def test_the_table_the_csv_and_the_reports(graded):
     assert float(rows["loops"]["total"]) == float(rows["exits"]["total"])
     assert CNN_CHECK.split(": ")[1] in (out / "loops" / "report.txt").read_text()
     for name, row in rows.items():
-        assert f"\n{name} " in said and (row["total"] or "refused") in said
+        marks = f"{float(row['total']):g}/8" if row["total"] else "-"
+        assert re.search(rf"^{re.escape(name)} +{marks} ", said, re.M)
 
 
 def test_nothing_is_left_behind(graded):

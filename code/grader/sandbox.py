@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-MEMORY = 2**31  # bytes beyond what the imports take
+MEMORY = 2**32  # bytes beyond what the imports take
 PROCESSES = 32  # and threads
 FILE_SIZE = 2**26
 JUDGE_MEMORY, JUDGE_CPU = 2**32, 3600

@@ -3,6 +3,7 @@
 set -e
 root=${AUTOGRADER_ROOT:-/autograder}
 [ -z "$SKIP_INSTALL" ] || exit 0
+export DEBIAN_FRONTEND=noninteractive
 apt-get update
 apt-get install -y --no-install-recommends python3 python3-venv
 python3 -m venv "$root/venv"
