@@ -1,4 +1,4 @@
-"""Right answers, and wrong ones made of them by changing a line or two; for test_self_check*.py."""
+"""Right answers, and wrong ones made of them by changing a line or two; for the tests of checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import self_check
-from checks.grading import Result, run
+from checks.grading import SEED, Result, run
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (ROOT / "code" / "student_code.py").read_text()
@@ -23,10 +23,24 @@ def module(source: str, *edits: tuple[str, str]) -> ModuleType:
     return code
 
 
-def grade(code: ModuleType, name: str) -> Result:
+def grade(code: ModuleType, name: str, seed: int = SEED) -> Result:
     """The result of the one check whose name starts so."""
     (one,) = (check for check in self_check.RUBRIC if check.name.startswith(name))
-    return run(one, code)
+    return run(one, code, seed)
+
+
+def assert_caught(source: str, name: str, hint: str, *edits: tuple[str, str]) -> Result:
+    """The answer, after the edits, gets nothing from the check, and the reason."""
+    result = grade(module(source, *edits), name)
+    assert result.score == 0 and hint in f"{result.problem} {result.hint}"
+    assert "cannot be judged" not in result.problem
+    return result
+
+
+def problems(code: ModuleType, *parts: str, seed: int = SEED) -> dict[str, str]:
+    """What costs points in these parts, by the check's name."""
+    results = self_check.check(code, parts, seed)
+    return {result.check.name: result.problem for result in results if result.problem}
 
 
 # Lines of STUDENTS that are changed
@@ -43,3 +57,5 @@ OVERWRITTEN = """k, s, p = weight.shape[2], ctx.stride, ctx.padding
                 grad_input[..., i * s : i * s + k, j * s : j * s + k] = patches[..., i, j]
         grad_input = grad_input[..., p : p + ctx.size[0], p : p + ctx.size[1]]"""
 PROJECTED = "output = torch.max(torch.min(output, input + self.eps), input - self.eps)"
+UNFOLD = "columns = F.unfold(input_feats, k, padding=padding, stride=stride)"
+OUTPUT = "return F.fold(out, sides, 1)"

@@ -183,6 +183,11 @@ def same(found: Tensor, expected: Tensor, share: float = 0.97) -> bool:
     return bool(((found - expected).abs() < 1e-4).float().mean() > share)
 
 
+def unmoved(found: Tensor, attack: Attack) -> bool:
+    """Whether no pixel moved."""
+    return (found - attack.x).abs().max().item() < 1e-7
+
+
 WRONG_ATTACKS: Mapping[str, dict[str, Any]] = {
     WRONG_SIGN: {"sign": 1.0},
     UNTARGETED: {"sign": 1.0, "pick": likeliest},
@@ -207,7 +212,7 @@ def wrong_attacks() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def likely_mistake(found: Tensor, attack: Attack) -> str:
     """The hint of the wrong attack that gives what was found, with a fixed label or a new one."""
-    if same(found, attack.x):
+    if unmoved(found, attack):
         return NOTHING_MOVED
     few = attack._replace(x=attack.x[:8])
     rights = [pgd(few, again=again) for again in (False, True)]
@@ -399,7 +404,7 @@ def judge_step_size(attack: Attack, start: Tensor, found: Tensor) -> None:
     moved, right = (found - start).abs(), torch.full_like(found, attack.size)
     if same(moved, right, 0.85):
         return
-    if same(found, attack.x):
+    if unmoved(found, attack):
         raise CheckFailed("a step moves no pixel", NOTHING_MOVED)
     hints = {
         f"{NO_SIGN}: l_inf steps are step_size × sign(gradient)": lambda: gradient_step,
@@ -586,7 +591,7 @@ CHECKS = (
     Check(
         "attack",
         0.25,
-        "gradients at the current iterate",
+        "each step at the current iterate",
         probe_steps,
         judge_iterates,
         "the result of 12 large steps is that of PGD, or each iterate follows from the one before "

@@ -77,7 +77,13 @@ class Sample(NamedTuple):
         """x, w and b, each wanting a gradient."""
         return [None if t is None else t.clone().requires_grad_() for t in (self.x, self.w, self.b)]
 
+    def square(self) -> bool | None:
+        """True if x and g are square, False if g is oblong, else None."""
+        x, g = (t.shape[2] == t.shape[3] for t in (self.x, self.g))
+        return g if x == g or not g else None
+
     def output(self) -> Tensor:
+        """torch's."""
         return F.conv2d(self.x, self.w, self.b, self.case.S, self.case.P)
 
     def gradient(self, which: int) -> Tensor:
@@ -131,18 +137,18 @@ class Refuse(Watch):
 def judge_each(
     inputs: Sequence[Sample], findings: Findings, judge_one: Callable[[Sample, Any], None]
 ) -> None:
-    """Raise the first failure of the cases; with SQUARE if those of a square output are right."""
+    """Raise the first failure; with the hint SQUARE if just the oblong cases fail."""
     failures = []
     for one, finding in zip(inputs, findings["cases"], strict=True):
         try:
             judge_one(one, finding)
         except CheckFailed as e:
-            failures.append((one, e))
+            failures.append((one.square(), e))
     if failures:
-        first = failures[0][1]
-        oblong = all(one.g.shape[2] != one.g.shape[3] for one, _ in failures)
-        square = any(one.g.shape[2] == one.g.shape[3] > 1 for one in inputs)
-        raise CheckFailed(str(first), first.hint or (SQUARE if oblong and square else ""))
+        first, oblong = failures[0][1], sum(one.square() is False for one in inputs)
+        alone = sum(square is False for square, _ in failures) == oblong
+        alone = alone and all(square is not True for square, _ in failures)
+        raise CheckFailed(str(first), first.hint or (SQUARE if alone else ""))
 
 
 # ---- Forward ---------------------------------------------------------------------------------
@@ -229,7 +235,8 @@ def forward_backward(code: ModuleType, one: Sample) -> dict[str, Any]:
     tensors = [t for t in leaves if t is not None]
     y = find(code, "custom_conv2d")(*leaves, one.case.S, one.case.P)
     expect(y.shape == one.g.shape, f"the output ({one.case}) has shape {tuple(y.shape)}")
-    return {"y": y, "grads": torch.autograd.grad(y, tensors, one.g), "dtype": str(y.dtype)}
+    expect(y.dtype == one.g.dtype, f"the output of {one.g.dtype} tensors is {y.dtype}", DTYPE)
+    return {"y": y, "grads": torch.autograd.grad(y, tensors, one.g)}
 
 
 def judge_without_bias(inputs: Sequence[Sample], findings: Findings) -> None:
@@ -245,14 +252,9 @@ def judge_without_bias(inputs: Sequence[Sample], findings: Findings) -> None:
 
 
 def judge_both(one: Sample, finding: Mapping, which: str, tol: float = TOL) -> None:
-    """Output, dtype and gradients of a case against torch's."""
+    """Output and gradients of a case against torch's."""
     right = one.output()
     compare(f"the output ({which})", finding["y"], right, forward_mistakes(one, right), tol=tol)
-    expect(
-        finding["dtype"] == str(right.dtype),
-        f"the output of {right.dtype} tensors is {finding['dtype']}",
-        DTYPE,
-    )
     for i, found in enumerate(finding["grads"]):
         compare(f"the gradient of {NAMES[i]} ({which})", found, one.gradient(i), tol=tol)
 
@@ -452,7 +454,7 @@ def probe_module(code: ModuleType, one: Sample) -> Findings:
         case.C_i, case.C_o, kernel_size=case.K, stride=case.S, padding=case.P
     )
     shapes = {name: list(p.shape) for name, p in layer.named_parameters()}
-    weight = getattr(layer, "weight", None)
+    weight = layer.weight.detach().clone()
 
     def step() -> dict[str, Any]:
         layer.load_state_dict({"weight": one.w, "bias": one.b})

@@ -59,7 +59,7 @@ def read_runs(root: Path) -> tuple[list[TrainedRun], list[str]]:
     for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
         try:
             runs.append(read_run(records, folder))
-        except (OSError, records.UserError) as e:
+        except Exception as e:  # a broken file, or no run folder
             if folder != root and any(folder.glob("**/events.out.tfevents.*")):
                 skipped.append(f"{folder.name} is skipped: {e}")
     return runs, skipped
