@@ -195,10 +195,10 @@ def _reason(status: int) -> str:
     if status > 128:  # of the shell in between
         status = 128 - status
     if -status in (signal.SIGXCPU, signal.SIGKILL):
-        return "the process was killed: it used too much CPU time or memory"
+        return "its process was killed: too much CPU time or memory"
     if status < 0:
-        return f"the process crashed ({signal.Signals(-status).name})"
-    return f"the process ended (exit status {status})"
+        return f"its process crashed ({signal.Signals(-status).name})"
+    return f"its process ended (exit status {status})"
 
 
 def observe_all(submission: Submission, settings: Settings) -> list[Observation]:
@@ -211,9 +211,9 @@ def observe_all(submission: Submission, settings: Settings) -> list[Observation]
             try:
                 imported = worker.observation()
             except Died as e:
-                imported = Observation(error=str(e))
+                imported = Observation(error=f"fails: {e}")
             if imported.error:
-                text = f"importing student_code.py: {imported.error}"
+                text = f"importing student_code.py {imported.error}"
                 return found + [Observation(error=text, hint=imported.hint)] * len(todo)
             try:
                 for _ in todo:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 MEMORY = 2**32  # bytes beyond what the imports take
-PROCESSES = 32  # and threads
+PROCESSES = 16  # and threads
 FILE_SIZE = 2**26
 JUDGE_MEMORY, JUDGE_CPU = 2**32, 3600
 DISK, DISK_FILES = 2**28, 10_000  # of the whole folder
@@ -130,6 +130,7 @@ def limit_resources(isolated: bool) -> None:
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # the first to end without memory
+    os.register_at_fork(after_in_child=lambda: os.nice(19))  # a fork bomb leaves time to others
     _limit_memory(MEMORY)
     _set_limit(resource.RLIMIT_CORE, 0)
     _set_limit(resource.RLIMIT_FSIZE, FILE_SIZE)
