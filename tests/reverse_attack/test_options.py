@@ -71,8 +71,8 @@ def test_budgets_of_larger_images_are_accepted_in_silence(norm, epsilon, dataset
     options.check_epsilon(epsilon, norm, dataset)
     options.check_epsilon(None, norm, dataset)
     assert capsys.readouterr() == ("", "")
-    options.check_epsilon(0.0, norm, dataset)
-    assert "leaves every image" in capsys.readouterr().err
+    with pytest.raises(UserError, match="positive"):
+        options.check_epsilon(0.0, norm, dataset)
 
 
 def test_the_published_unit_is_noticed_by_the_commands_before_any_work(tmp_path, capsys):
