@@ -34,8 +34,13 @@ def test_an_unknown_kind_in_the_file_is_ignored(kind):
 
 def test_weights_of_another_network_are_refused_by_name():
     stranger = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 7)).state_dict()
-    with pytest.raises(UserError, match="file does not fit the network"):
+    with pytest.raises(UserError, match="file holds a network that .*student_code.py"):
         registry.load_network({"state_dict": stranger}, "file")
+    vit = registry.create_model("vit", 7).state_dict()
+    with pytest.raises(UserError, match="holds SimpleViT, not SceneNet: leave"):
+        registry.load_network({"state_dict": vit}, "file", kind="scene_net")
+    with pytest.raises(UserError, match="holds SimpleViT for 7 classes and the data folder has 9"):
+        registry.load_network({"state_dict": vit}, "file", num_classes=9)
     with pytest.raises(UserError, match="no linear layer"):
         registry.load_network({"state_dict": nn.Conv2d(3, 4, 3).state_dict()}, "file")
 
