@@ -120,11 +120,10 @@ def explain_mismatch(state_dict: dict[str, Tensor], kind: str, num_classes: int)
     """What these weights are, if not those of this kind of network, and what to do."""
     outputs = count_outputs(state_dict)
     found = infer_arch(state_dict, outputs)
-    wrong = checkpoint.state_dict_mismatch(create_model(found, outputs), state_dict)
-    if wrong:
+    if checkpoint.state_dict_mismatch(create_model(found, outputs), state_dict):
         return (
-            f"holds a network that this code does not know ({'; '.join(wrong[:2])}): put the "
-            "student_code.py that trained it into code/"
+            "holds a network that this code does not know (its first weight is "
+            f"{next(iter(state_dict))}): put the student_code.py that trained it into code/"
         )
     if outputs != num_classes:
         return (
