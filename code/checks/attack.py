@@ -307,7 +307,7 @@ def judge_direction(inputs: list[Attack], findings: Findings) -> list[str]:
     clean, after, right = target_losses(attack, attack.x, found, pgd(attack))
     rises = (~(after < clean)).nonzero().flatten().tolist()
     fall, wanted = (clean - after).mean().item(), (clean - right).mean().item()
-    if not (len(rises) <= 0.1 * len(clean) and fall > 0.5 * wanted):
+    if not (len(rises) <= 0.25 * len(clean) and fall > 0.5 * wanted):
         i = rises[0] if rises else 0
         raise failed(
             f"the loss of the least likely label does not fall as in PGD: it rises in {len(rises)} "
@@ -571,7 +571,7 @@ CHECKS = (
         "approaches the least likely label",
         probe_attacks,
         judge_direction,
-        "the loss of the label that is least likely for the clean image falls in nine of ten "
+        "the loss of the label that is least likely for the clean image falls in three of four "
         f"images, and on average half as far as under our PGD ({HANDOUT})",
         direction_attacks,
     ),
