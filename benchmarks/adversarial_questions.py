@@ -16,8 +16,7 @@ from results_file import provenance, write_section
 from small_images import BATCH, PIXELS, load, train
 from trained import interval
 
-from deepvision.attacks.diagnostics import accuracy
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, accuracy_under_attack
 from deepvision.training.objectives import AdversarialTraining, standard
 
 EPSILON = 4.0  # of 255
@@ -54,7 +53,7 @@ def main() -> None:
     for name, change in QUESTIONS.items():
         objective = standard if change is None else AdversarialTraining(**recipe | change)
         model = train(objective, *train_set, args.epochs, seed=0)
-        found = (accuracy(model, images, y) for images in (x, attack.perturb(model, x, y)))
+        found = (accuracy_under_attack(model, a, x, y) for a in (None, attack))
         lines.append(f"| {name} | {' | '.join(map(interval(len(y)), found))} |")
         print(lines[-1], flush=True)
         text = "\n".join([*lines, "", provenance()])  # after each row: all of them take a while

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "code"))
 from side_by_side import Ways, Work, measure, options, write  # noqa: E402
 from train_step import NETWORKS, as_in_the_course  # noqa: E402
 
-from deepvision.attacks.pgd import PGD  # noqa: E402
+from deepvision.attacks import PGD  # noqa: E402
 from deepvision.training.engine import DeviceContext  # noqa: E402
 from student_code import PGDAttack  # noqa: E402
 

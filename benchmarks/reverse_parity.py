@@ -1,16 +1,15 @@
-"""Part IV's l_1 and l_2 attacks beside foolbox's and torchattacks', on the newest classifier:
+"""Part IV's l_1 and l_2 attacks compared with foolbox's and torchattacks', on one classifier:
 
     python benchmarks/reverse_parity.py [--data-root ../data] [--limit 200]
 
-Writes a section of results/reverse_parity.md: accuracy left with Wilson's 95 % interval, by the
-attacks' budgets of l_1 = 12 and l_2 = 0.5 on images in [0, 1]. Both libraries are optional:
-pip install foolbox torchattacks.
+Writes a section of results/reverse_parity.md: the robust accuracy with Wilson's 95 % interval, for
+l_1 = 12 and l_2 = 0.5 on images in [0, 1], and the cost per image. The classifier is the newest one
+that train.py left. Both libraries are optional: pip install foolbox torchattacks.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 
@@ -19,10 +18,12 @@ from results_file import ROOT, provenance, write_section
 from torch import Tensor, nn
 
 sys.path.insert(1, str(ROOT / "code"))
-from deepvision.attacks.pgd import APGD, PGD  # noqa: E402
+from deepvision.attacks import APGD, PGD  # noqa: E402
+from deepvision.evaluation.statistics import percent  # noqa: E402
+from deepvision.runtime.run_dir import LOGS  # noqa: E402
 from reverse_attack import classifier, data, options  # noqa: E402
-from reverse_attack.intervals import percent  # noqa: E402
-from reverse_attack.reversal import BUDGETS, pixels_of  # noqa: E402
+from reverse_attack.cost import measure_cost  # noqa: E402
+from reverse_attack.reversal import BUDGETS, input_scale  # noqa: E402
 
 STEPS = (20, 100)
 
@@ -30,7 +31,7 @@ STEPS = (20, 100)
 def ours(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
     """(norm, name, perturb) of each attack of this project."""
     for norm in ("l1", "l2"):
-        common = {"norm": norm, "epsilon": BUDGETS[norm], "pixels": pixels_of(norm)}
+        common = {"norm": norm, "epsilon": BUDGETS[norm], "pixels": input_scale(norm)}
         for steps in STEPS:
             for kind in (PGD, APGD):
                 generator = torch.Generator().manual_seed(0)
@@ -54,6 +55,7 @@ class PlainLayout(nn.Module):
 
 
 def of_torchattacks(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
+    """The same of torchattacks, if it is installed."""
     try:
         import torchattacks
     except ImportError:
@@ -74,6 +76,7 @@ def of_torchattacks(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
 
 
 def of_foolbox(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
+    """The same of foolbox, if it is installed."""
     try:
         import foolbox
     except ImportError:
@@ -95,31 +98,35 @@ def of_foolbox(model: nn.Module) -> Iterator[tuple[str, str, Callable]]:
                 yield norm, f"foolbox {kind.__name__}, {steps} steps", perturb
 
 
-def main() -> None:
-    parser = options.parser(__doc__.split("\n")[0], 100)
-    sys.exit(options.run(measure, parser.parse_args()))
-
-
 def measure(args: Namespace) -> None:
-    device = options.choose_device(args.device)
-    listing = data.list_images(args.dataset, args.data_root, "test")
-    model = classifier.from_args(args, len(listing.classes), device).model
-    images = listing.sample(args.seed, args.limit or 200)
-    lines = ["| norm | attack | accuracy left, % | s an image |", "|---|---|---|---|"]
+    """Run every attack on the same images and write the section."""
+    index = data.list_images(args.dataset, args.data_root, "test")
+    model = classifier.from_args(args, len(index.classes)).model
+    images = index.sample(args.seed, args.limit)
+    lines = [
+        "| norm | attack | robust accuracy, % | forward passes per image | s per image |",
+        "|---|---|---|---|---|",
+    ]
     for norm, name, perturb in [*ours(model), *of_torchattacks(model), *of_foolbox(model)]:
-        start, hits = time.perf_counter(), 0
-        for x, y in images.batches(args.batchsize):
-            x_adv = perturb(x.to(device), y.to(device))
-            with torch.no_grad():
-                hits += (model(x_adv).argmax(1).cpu() == y).sum().item()
-        seconds = (time.perf_counter() - start) / len(images)
-        lines.append(f"| {norm} | {name} | {percent(hits, len(images))} | {seconds:.2f} |")
+        with measure_cost(model, len(images)) as cost:
+            batches = images.batches(args.batch_size)
+            attacked = [perturb(x.to(args.device), y.to(args.device)) for x, y in batches]
+        with torch.no_grad():
+            predictions = torch.cat([model(x_adv).argmax(1).cpu() for x_adv in attacked])
+        accuracy = percent((predictions == images.y).sum().item(), len(images))
+        lines.append(f"| {norm} | {name} | {accuracy} | {cost.forward:.0f} | {cost.seconds:.2f} |")
         print(lines[-1], flush=True)
     budgets = ", ".join(f"{norm} = {BUDGETS[norm]:g}" for norm in ("l1", "l2"))
-    head = f"{args.arch} on {len(images)} test images of {args.dataset}; {budgets}; random start."
-    text = "\n".join([head, "", *lines, "", provenance()])
-    write_section("reverse_parity.md", "l_1 and l_2 attacks beside public libraries", text)
+    setting = f"{args.arch}, {len(images)} test images of {args.dataset}; {budgets}; random start."
+    text = "\n".join([setting, "", *lines, "", provenance()])
+    write_section("reverse_parity.md", "l_1 and l_2 attacks compared with public libraries", text)
+
+
+def main() -> int:
+    parser = options.make_parser(__doc__.split("\n")[0], 100)
+    parser.set_defaults(limit=200)
+    return options.run(measure, options.parse(parser, sys.argv[1:], "reverse_parity.py"), LOGS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

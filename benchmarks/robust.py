@@ -24,10 +24,17 @@ from torch import Tensor, nn
 from trained import best_network, interval, validation_images
 from training import command_of
 
-from deepvision.attacks.diagnostics import accuracy, add_random_noise, budget, run_diagnostics
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import APGD, PGD, Attack
-from deepvision.attacks.square import Square
+from deepvision.attacks import (
+    APGD,
+    PGD,
+    Attack,
+    InputScale,
+    Square,
+    accuracy_under_attack,
+    add_random_noise,
+    run_diagnostics,
+)
+from deepvision.evaluation.sweep import format_budget
 from deepvision.training.objectives import STEPS, AdversarialTraining, standard
 
 
@@ -53,17 +60,17 @@ def row_values(
     model: nn.Module, x: Tensor, y: Tensor, pixels: InputScale, wanted: list[str]
 ) -> Iterator[tuple]:
     """(name, accuracy in per cent, seconds) of one network, line by line."""
-    yield "clean", accuracy(model, x, y), 0.0
+    yield "clean", accuracy_under_attack(model, None, x, y), 0.0
     yield (
         "noise of the same size",
-        accuracy(model, add_random_noise(x, PGD(epsilon=4, pixels=pixels)), y),
+        accuracy_under_attack(model, None, add_random_noise(x, PGD(epsilon=4, pixels=pixels)), y),
         0.0,
     )
     for name, attack in attacks(pixels, x.shape[-1]).items():
         if wanted and name not in wanted:
             continue
         start = time.perf_counter()
-        found = accuracy(model, attack.perturb(model, x, y), y)
+        found = accuracy_under_attack(model, attack, x, y)
         yield name, found, time.perf_counter() - start
 
 
@@ -115,13 +122,13 @@ def main() -> None:
             columns[name][line] = interval(len(y))(found)
             print(name, line, columns[name][line], f"{seconds:.0f} s", flush=True)
         attack = PGD(epsilon=4, steps=20, pixels=PIXELS)
-        found = [light.line() for light in run_diagnostics(model, *probed, attack) if light.warns]
+        found = [light.line() for light in run_diagnostics(model, *probed, attack) if light.failed]
         lights += [f"- {name}: {line.strip()}" for line in found or ["no light warns"]]
     first = next(iter(columns.values()))
     table = [f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     table += [f"| {line} | {' | '.join(c[line] for c in columns.values())} |" for line in first]
     how = f", trained on {args.train} for {args.epochs} epochs" * (not args.runs)
-    usual = budget("linf", 4, PIXELS.std)
+    usual = format_budget("linf", 4, PIXELS.std)
     head = f"{len(y)} images{how}; untargeted; {usual} unless another is named."
     parts = [
         head,

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
-from deepvision.runtime.run_logger import OF_THE_MACHINE  # noqa: E402
+from deepvision.runtime.run_logger import MACHINE_COLUMNS  # noqa: E402
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of each point it purges
 
@@ -35,7 +35,7 @@ def final_state(folder: Path) -> dict[str, object]:
         "epochs": last["epoch"],
         "best accuracy": last["best_acc1"],
         "best weights": digest(best["state_dict"]),
-        "rows": [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in rows],
+        "rows": [{k: v for k, v in row.items() if k not in MACHINE_COLUMNS} for row in rows],
         "points": {str(f.relative_to(folder)): points(f) for f in event_folders(folder)},
     }
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "code"))
 
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from deepvision.attacks.norms import InputScale  # noqa: E402
+from deepvision.attacks import InputScale  # noqa: E402
 from deepvision.training import engine  # noqa: E402
 from deepvision.training.engine import DeviceContext, EpochMetrics, StepTimer  # noqa: E402
 from deepvision.training.objectives import Objective  # noqa: E402

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "code"))
 
 from custom_dataloader import MiniPlacesLoader, count_classes  # noqa: E402
 from deepvision import checkpoint  # noqa: E402
-from deepvision.attacks.diagnostics import wilson  # noqa: E402
 from deepvision.data.loader import fixed_subset_batch  # noqa: E402
+from deepvision.evaluation.statistics import wilson  # noqa: E402
 from deepvision.models import registry  # noqa: E402
 from student_code import get_val_transforms  # noqa: E402
 

@@ -6,8 +6,11 @@ root/images/val/NNNNNNNN.jpg                            root/val.txt     path be
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import cv2
@@ -17,11 +20,13 @@ from torch.utils.data import Dataset
 
 from utils import UserError, load_image
 
-# Work is split by image, over processes. OpenCV's own threads would share the same cores, and a
+# Images are spread over processes. OpenCV's own threads would compete for the same cores, and a
 # forked worker that inherits its thread pool can hang.
 cv2.setNumThreads(0)
 
 MAX_CLASSES = 10_000  # a mangled label must not become the size of a layer
+BLANK = b" \t\r\n"
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 
 GET_DATA = "get the images with: sh download_dataset.sh"
 
@@ -32,7 +37,7 @@ class MiniPlacesLoader(Dataset):
     `paths` (relative to `root_folder`/images) and `labels` are in the order of the label file.
 
     Args:
-        label_file: if not `root_folder`/`split`.txt.
+        label_file: `root_folder`/`split`.txt by default.
         transforms: called on each RGB uint8 array (H, W, 3).
 
     Raises:
@@ -59,10 +64,10 @@ class MiniPlacesLoader(Dataset):
         self.left_out: list[str] = []
 
     def skip(self, names: Iterable[str]) -> None:
-        """Do without these images; `left_out` lists those that were there.
+        """Remove these images from the set; `left_out` lists those that it had.
 
         Raises:
-            UserError: none would be left.
+            UserError: no image remains.
         """
         bad = set(names)
         self.left_out = [path for path in self.paths if path in bad]
@@ -86,18 +91,18 @@ class MiniPlacesLoader(Dataset):
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Of what the transforms make, where they tell; `write` then takes memory for it."""
+        """(C, H, W) of a transformed image, if the transforms can `write` into given memory."""
         return getattr(self.transforms, "shape", None)
 
     def write(self, index: int, out: np.ndarray) -> int:
-        """Write the image to `out`, float32 of `image_shape`; returns the label."""
+        """Write the transformed image to `out`, float32 of `image_shape`; return the label."""
         self.transforms.write(self.read(index), out)
         return self.labels[index]
 
     def get_index_mapping(self) -> dict[str, str]:
         """Label id, as a string, to category name: {"0": "abbey", ...}.
 
-        The name is what stands between letter and file in the training paths ("bakery/shop").
+        The name is the part of a training path between letter and file ("bakery/shop").
         """
         paths, labels = self.paths, self.labels
         if self.split != "train":
@@ -120,58 +125,85 @@ def count_classes(root_folder: str | Path) -> int:
 def read_label_file(path: Path, num_classes: int) -> tuple[list[str], list[int]]:
     """The image paths and the labels of a file with one `path label` per line.
 
-    Byte-order mark, CRLF and blank lines are accepted.
+    Byte-order mark, CRLF and blank lines are accepted. A file that was read before is not parsed
+    again.
 
     Raises:
         UserError: names the file and the line that is not UTF-8, not `path label`, out of range,
-            outside the image folder, or there twice.
+            outside the image folder, or a repetition.
     """
-    lines_of: dict[str, int] = {}
-    labels = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        image, label = _parse_line(line, num_classes, where := f"{path}, line {number}")
-        if lines_of.setdefault(image, number) != number:
-            raise UserError(f"{where}: {image} is listed already, in line {lines_of[image]}")
-        labels.append(label)
-    if not labels:
-        raise UserError(f"{path} lists no images; {GET_DATA}")
-    return list(lines_of), labels
-
-
-def _lines(path: Path) -> Iterator[str]:
     try:
-        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
         raise UserError(f"there is no label file {path}; {GET_DATA}") from None
     except OSError as e:
         raise UserError(f"cannot read the label file {path}: {e.strerror or e}") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
+    try:
+        paths, labels = _parse(data)
+        if max(labels, default=0) >= num_classes:
+            image, label = next(
+                row for row in zip(paths, labels, strict=True) if row[1] >= num_classes
+            )
+            raise UserError(f"line {_line_of(image, data)}: {_out_of_range(label, num_classes)}")
+    except UserError as e:
+        raise UserError(f"{path}, {e}") from None
+    if not labels:
+        raise UserError(f"{path} lists no images; {GET_DATA}")
+    return list(paths), list(labels)
+
+
+@lru_cache(maxsize=2)  # train.txt and val.txt, of up to a million lines
+def _parse(data: bytes) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    line_of: dict[str, int] = {}
+    labels = []
+    for number, line in enumerate(io.BytesIO(data), 1):
+        if not (fields := line.strip(BLANK).rsplit(maxsplit=1)):
+            continue
         try:
-            yield line.removesuffix(b"\r").decode()
+            image, label = _parse_row(fields, line)
         except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: this is not UTF-8 text") from None
+            raise UserError(f"line {number}: this is not UTF-8 text") from None
+        except UserError as e:
+            raise UserError(f"line {number}: {e}") from None
+        if line_of.setdefault(image, number) != number:
+            raise UserError(f"line {number}: {image} is listed already, in line {line_of[image]}")
+        labels.append(label)
+    return tuple(line_of), tuple(labels)
 
 
-def _parse_line(line: str, num_classes: int, where: str) -> tuple[str, int]:
-    fields = line.strip(" \t").rsplit(maxsplit=1)
+def _parse_row(fields: list[bytes], line: bytes) -> tuple[str, int]:
     # int() alone would accept 1_0, +1 and other scripts' digits, and reject over-long ones
-    if len(fields) != 2 or not (fields[1].isascii() and fields[1].isdigit()):
-        raise UserError(f"{where}: expected 'path label', got {_shorten(line)}")
-    image, label = fields
-    if len(label) > 9 or int(label) >= num_classes:
-        raise UserError(f"{where}: label {label[:20]} is not in 0..{num_classes - 1}")
+    if len(fields) != 2 or not fields[1].isdigit():
+        text = line.decode().rstrip("\r\n")
+        raise UserError(f"expected 'path label', got {_shorten(text)}")
+    image, label = fields[0].decode(), fields[1].decode()
+    if len(label) > 9 or int(label) >= MAX_CLASSES:
+        raise UserError(_out_of_range(label[:20], MAX_CLASSES))
     if not _stays_inside(image):
-        raise UserError(f"{where}: {_shorten(image)} is not a plain path below the image folder")
+        raise UserError(f"{_shorten(image)} is not a plain path below the image folder")
     return image, int(label)
 
 
+def _out_of_range(label: str | int, num_classes: int) -> str:
+    return f"label {label} is not in 0..{num_classes - 1}"
+
+
+def _line_of(image: str, data: bytes) -> int:
+    lines = (line.strip(BLANK).rsplit(maxsplit=1)[:1] for line in io.BytesIO(data))
+    return 1 + list(lines).index([image.encode()])
+
+
 def _stays_inside(path: str) -> bool:
-    """Relative, forward slashes, no drive, no step up or in place: one spelling for each file."""
+    """Relative, forward slashes, no drive, no step up or in place: one spelling for each file.
+
+    Any character but a control character may be part of a name.
+    """
     parts = path.split("/")
-    return path.isprintable() and not (
-        "\\" in path or ":" in parts[0] or any(p in ("", ".", "..") for p in parts)
+    return (
+        {"", ".", ".."}.isdisjoint(parts)
+        and "\\" not in path
+        and ":" not in parts[0]
+        and (path.isprintable() or not CONTROL.search(path))
     )
 
 

@@ -2,100 +2,164 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import re
 import stat
+import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
+import PIL
 import torch
-
-MAX_PIXELS, MAX_RATIO = 2**26, 100
-
-# OpenCV reads these when it is loaded. By itself it decodes up to 2**30 pixels, 3 GB, of a tiny
-# file, and prints lines of its own beside the errors that it returns.
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
-os.environ.setdefault("OPENCV_LOG_LEVEL", "OFF")
-import cv2  # noqa: E402
+from PIL import Image, ImageOps
 
 try:
-    import simplejpeg  # the same pixels in two thirds of OpenCV's time
+    import simplejpeg  # Pillow's pixels in 60 % of its time, and it reports damage
 except ImportError:
     simplejpeg = None
 
-READS_RGB = hasattr(cv2, "IMREAD_COLOR_RGB")  # from OpenCV 4.11 on
-READ_COLOR = cv2.IMREAD_COLOR_RGB if READS_RGB else cv2.IMREAD_COLOR
+FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # AVIF: from Pillow 11.3 on
+DECODER = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg and simplejpeg.__version__}"
+MAX_PIXELS, MAX_RATIO = 2**26, 100
+
+UNREADABLE = f"it is damaged or not an image ({', '.join(FORMATS)})"
+TOO_LARGE = f"it has over {MAX_PIXELS:,} pixels"
+ORIENTATION = 0x0112  # the EXIF tag
+MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # of a JPEG segment with a length
 
 
 class UserError(Exception):
     """A mistake the user can mend; its message is the one line they are shown."""
 
 
-def load_image(path: str | Path) -> np.ndarray:
-    """Read an image file as RGB, uint8, (H, W, 3).
+class DamagedImageWarning(UserWarning):
+    """An image decodes, but its decoder reports damage: some of its pixels may be wrong."""
 
-    Grey, CMYK, alpha and 16-bit files are converted to 8-bit RGB; an EXIF rotation is applied.
+
+def load_image(path: str | Path) -> np.ndarray:
+    """Read an image file of one of the `FORMATS` as RGB, uint8, (H, W, 3).
+
+    Grey, palette, CMYK, alpha and 16-bit files are converted to 8-bit RGB (alpha is dropped); the
+    orientation that the file states is applied; of several frames the first is read.
+
+    Warns:
+        DamagedImageWarning: a JPEG decodes with errors (found where simplejpeg is installed).
 
     Raises:
         UserError: the file is missing, unreadable, cut off, not an image, or too large to decode:
             above 67 million pixels, or a strip that scaling by its shorter side would blow up.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never end
-            raise UserError(f"cannot read the image {path}: it is not a file")
-        # not cv2.imread, which cannot open non-ASCII paths on Windows, and fills up a JPEG that
-        # was cut off
-        with open(path, "rb", buffering=0) as file:
-            data = file.read()
-        image = None if _is_cut_off(data) else _decode(data)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would never end
+            raise UserError("it is not a file")
+        image, damage = _decode(Path(path).read_bytes())
     except OSError as e:
         raise UserError(f"cannot read the image {path}: {e.strerror or e}") from None
-    except cv2.error as e:
-        large = "MAX_IMAGE" in str(e)
-        reason = f"it has over {MAX_PIXELS:,} pixels" if large else "it is empty or damaged"
-        raise UserError(f"cannot read the image {path}: {reason}") from None
-    if image is None:
-        raise UserError(f"cannot read the image {path}: it is damaged or not an image")
-    height, width = image.shape[:2]
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise UserError(f"cannot read the image {path}: {width}×{height} pixels are a strip")
+    except UserError as e:
+        raise UserError(f"cannot read the image {path}: {e}") from None
+    if damage:
+        warnings.warn(f"the image {path} is damaged: {damage}", DamagedImageWarning, stacklevel=2)
     return image
 
 
-def _decode(data: bytes) -> np.ndarray | None:
-    """RGB; None if no image is found in `data`."""
-    if simplejpeg and b"Exif" not in data:  # it would leave a turned image as it lies
+def _decode(data: bytes) -> tuple[np.ndarray, str]:
+    """The pixels, RGB uint8 (H, W, 3), and what the decoder reports of damage, or ""."""
+    if not data.startswith(b"\xff\xd8"):
+        return _decode_by_pillow(data), ""
+    if _is_cut_off(data):
+        raise UserError("the file is cut off")
+    image, damage = _decode_jpeg(data) if simplejpeg else (None, "")
+    return _decode_by_pillow(data) if image is None or _is_turned(data) else image, damage
+
+
+def _decode_jpeg(data: bytes) -> tuple[np.ndarray | None, str]:
+    """As `_decode`, as stored; None if it is Pillow's to judge."""
+    damage = ""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height)
         try:
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if height * width <= MAX_PIXELS:
-                return simplejpeg.decode_jpeg(data)
-        except ValueError:  # no JPEG, one of CMYK, or a damaged one: OpenCV's to judge
-            pass
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), READ_COLOR)
-    return image if READS_RGB or image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+            return simplejpeg.decode_jpeg(data), ""
+        except ValueError as e:
+            damage = str(e)
+        return simplejpeg.decode_jpeg(data, strict=False), damage
+    except ValueError:
+        return None, ""
 
 
-def _is_cut_off(data: bytes) -> bool:
-    """Whether a JPEG has no end marker, or a PNG's part claims to go on past the end of the file.
+def _decode_by_pillow(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():  # Pillow warns about metadata
+            warnings.simplefilter("ignore")
+            picture = _open(data)
+            _check_size(*picture.size)
+            if picture.format == "PNG":  # its decoder ignores checksums
+                picture.verify()
+                picture = _open(data)
+            has_16_bits = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode[0] in "IF":
+                return _from_wide_grey(picture, has_16_bits)
+            return np.array(picture.convert("RGB"))
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(TOO_LARGE) from None
+    except Exception:  # Pillow lets through whatever its parsers run into
+        raise UserError(UNREADABLE if data else "it is empty") from None
 
-    OpenCV may decode the first, when zeros follow: a download had reserved its space. For the
-    second it reserves what the part claims, up to 4 GB, before it notices.
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _from_wide_grey(picture: Image.Image, has_16_bits: bool) -> np.ndarray:
+    if not has_16_bits or picture.mode[0] == "F":
+        raise UserError("its pixels are numbers of 32 bits, of unknown range")
+    return np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(TOO_LARGE)
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise UserError(f"{width}×{height} pixels are a strip")
+
+
+def _is_turned(jpeg: bytes) -> bool:
+    """Whether EXIF or XMP data state another orientation than that of the stored pixels."""
+    if b"Exif" not in jpeg and b"tiff:Orientation" not in jpeg:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _open(jpeg).getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # damaged metadata state nothing
+        return False
+
+
+def _is_cut_off(jpeg: bytes) -> bool:
+    """Whether no end marker follows the first scan; decoders would fill the rest with grey.
+
+    The segments before the scan are skipped: a thumbnail among them has its own end marker. Fill
+    bytes before a marker are legal (ITU-T T.81, B.1.1.2), and so are bytes after the end.
     """
-    if data.startswith(b"\xff\xd8") and not data.endswith(b"\xff\xd9"):
-        at = 2
-        while data[at : at + 2] not in (b"\xff\xda", b""):  # a thumbnail has end markers of its own
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        return b"\xff\xd9" not in data[at:]
-    if data.startswith(b"\x89PNG"):
-        at = 8
-        while at < len(data) and data[at + 4 : at + 8] != b"IEND":
-            at += 12 + int.from_bytes(data[at : at + 4], "big")
-        return at + 12 > len(data)
-    return False
+    if jpeg.endswith(b"\xff\xd9"):
+        return False
+    at = 2
+    while marker := MARKER.search(jpeg, at):
+        at = marker.end()
+        if marker[1] == b"\xda":  # start of scan
+            return b"\xff\xd9" not in jpeg[at:]
+        at += int.from_bytes(jpeg[at : at + 2], "big")
+    return True
 
 
 def relpath(path: str | Path) -> str:
-    """`path` as seen from the working folder; unchanged if on another of Windows' drives."""
+    """`path` relative to the working folder; unchanged if it is on another Windows drive."""
     try:
         return os.path.relpath(path)
     except ValueError:

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from deepvision import checkpoint
-from deepvision.training.objectives import CatastrophicOverfittingGuard
-from deepvision.training.signals import SavePoint, parse_interval
+from deepvision.training.progress import Progress
 from utils import UserError
 
 
@@ -49,8 +48,9 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, prefix):
 def test_numpy_numbers_of_old_files_load(tmp_path):
     content = {"state_dict": {}, "best_acc1": np.float64(43.6), "epoch": np.int64(60)}
     torch.save(content, tmp_path / "x")
-    progress, lost = checkpoint.load_progress(checkpoint.load(tmp_path / "x"), {})
-    assert (progress.best_acc1, progress.epoch, lost) == (43.6, 60, None)
+    progress = Progress()
+    assert progress.load_state_dict(checkpoint.load(tmp_path / "x")) is None
+    assert (progress.best_acc1, progress.epoch) == (43.6, 60)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(full_disk):
     path = full_disk / "checkpoint.pth.tar"
     checkpoint.save(path, {"state_dict": {"a": torch.zeros(100)}})
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"No space left on device; what was there is intact"):
+    with pytest.raises(UserError, match=r"No space left on device; the old content is intact"):
         checkpoint.save(path, {"state_dict": {"a": torch.zeros(200_000)}})
     assert path.read_bytes() == before
     assert os.listdir(full_disk) == [path.name]
@@ -198,7 +198,7 @@ def test_a_folder_that_lost_its_permission_keeps_its_checkpoints(tmp_path, monke
         write(tmp_path, value)
     tmp_path.chmod(0o555)
     assert told_to_a_user(lambda: write(Path(), 3)) == (
-        "cannot write checkpoint.pth.tar: Permission denied; what was there is intact"
+        "cannot write checkpoint.pth.tar: Permission denied; the old content is intact"
     )
     assert [value_of(Path(name)) for name in (checkpoint.LAST, checkpoint.PREVIOUS)] == [2, 1]
     assert len(os.listdir()) == 2
@@ -241,48 +241,6 @@ def test_killed_while_writing_leaves_a_whole_file(tmp_path, delay):
     assert (values == values[0]).all() and len(values) == 50_000
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("10m", (600, True)), ("30s", (30, True)), ("200", (200, False))]
-)
-def test_intervals(text, expected):
-    assert parse_interval(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "0", "0s", "-5", "1h", "1.5m", "m", "10 m"])
-def test_what_is_no_interval(text):
-    with pytest.raises(ValueError, match="not an interval"):
-        parse_interval(text)
-
-
-def test_the_first_signal_asks_and_the_second_acts():
-    with SavePoint("1000") as point:
-        assert not point.due()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert point.due() and point.stopped_by == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_save_is_due_every_n_seconds():
-    point = SavePoint("1s")
-    assert not point.due()
-    time.sleep(1)
-    assert point.due()
-    point.saved()
-    assert not point.due()
-
-
-def test_a_save_is_due_every_n_steps():
-    point = SavePoint("3")
-    due = []
-    for _ in range(7):
-        due.append(point.due())
-        if due[-1]:
-            point.saved()
-    assert due == [False, False, True, False, False, True, False]
-
-
 def value_of(path):
     return checkpoint.load(path)["state_dict"]["a"].item()
 
@@ -308,10 +266,10 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path, name):
         write(tmp_path, value)
     good = checkpoint.PREVIOUS if name == checkpoint.LAST else checkpoint.LAST
     (tmp_path / name).write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(UserError, match=rf"damaged.*this one is good: --resume=.*{good}$"):
+    with pytest.raises(UserError, match=rf"damaged.*this one is valid: --resume=.*{good}$"):
         checkpoint.load(tmp_path / name)
     (tmp_path / name).unlink()
-    with pytest.raises(UserError, match=rf"no checkpoint at.*this one is good: .*{good}$"):
+    with pytest.raises(UserError, match=rf"no checkpoint at.*this one is valid: .*{good}$"):
         checkpoint.load(tmp_path / name)
 
 
@@ -371,80 +329,6 @@ def test_what_is_not_finite_is_found_in_weights_and_moments():
     assert "running_var" in checkpoint.first_nonfinite({"state_dict": model.state_dict()})
 
 
-ORDER = {"-b": 16, "--seed": 1}
-MIDDLE = {"position": 3, "tally": [1.0, 2.0, 3.0, 48.0, 3.0], "order": ORDER}
-
-
-def test_an_epoch_under_way_goes_on_in_the_same_order_alone():
-    content = {"epoch": 2, "best_acc1": 7.5, "progress": MIDDLE}
-    progress, lost = checkpoint.load_progress(content, ORDER)
-    assert (progress.epoch, progress.position, progress.best_acc1, lost) == (2, 3, 7.5, None)
-    progress, lost = checkpoint.load_progress(content, {"-b": 32, "--seed": 1})
-    assert (progress.epoch, progress.position, progress.tally) == (2, 0, [])
-    assert lost == "the file was saved in mid-epoch with other -b: epoch 3 starts over"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epoch": "two"},
-        {"epoch": -1},
-        {"epoch": float("nan")},
-        {"best_acc1": float("nan")},
-        {"best_robust": float("nan")},
-        {"best_robust": "high"},
-        {"best_acc1": torch.zeros(3)},
-        {"progress": [1]},
-        {"progress": torch.tensor(1)},
-        {"progress": {"position": 1}},
-        {"progress": {**MIDDLE, "tally": [1.0]}},
-        {"progress": {**MIDDLE, "order": None}},
-        {"progress": {**MIDDLE, "position": -1}},
-        {"progress": {**MIDDLE, "seconds": float("nan")}},
-    ],
-    ids=str,
-)
-def test_a_progress_that_makes_no_sense_is_refused(change):
-    with pytest.raises(UserError, match="makes no sense"):
-        checkpoint.load_progress({"epoch": 2, **change}, ORDER)
-
-
-def test_a_watchdog_goes_on_as_it_was():
-    saved, ours, model = (
-        CatastrophicOverfittingGuard(10.0),
-        CatastrophicOverfittingGuard(10.0),
-        network(),
-    )
-    assert not saved.collapsed(model, 40.0, 3)
-    checkpoint.load_watchdog(ours, model, {"watchdog": saved.state()})
-    assert (ours.best, ours.epoch) == (40.0, 3)
-    assert all(map(torch.equal, ours.weights.values(), model.state_dict().values()))
-    checkpoint.load_watchdog(ours, model, {})  # of a run that was not adversarial
-    assert ours.best == 40.0
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"best": "high"},
-        {"best": float("nan")},
-        {"epoch": None},
-        {"weights": {}},
-        {"weights": {"weight": 5}},
-        {"weights": [1]},
-        {"weights": {k: v * torch.nan for k, v in network().state_dict().items()}},
-    ],
-    ids=lambda change: f"{change}"[:40],
-)
-def test_a_watchdog_that_makes_no_sense_is_refused(change):
-    good = CatastrophicOverfittingGuard(10.0, 40.0, 3, network().state_dict()).state()
-    for bad in ({**good, **change}, 5, []):
-        with pytest.raises(UserError, match="watchdog makes no sense"):
-            checkpoint.load_watchdog(
-                CatastrophicOverfittingGuard(10.0), network(), {"watchdog": bad}
-            )
-
-
 def test_restored_momentum_takes_the_layout_of_its_parameter():
     """The course's is in another; the fused steps of a GPU refuse to mix them."""
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
@@ -494,7 +378,7 @@ def test_the_scale_of_gradients_is_restored_or_refused():
         {"scale": 1.0},
         {"scale": float("nan"), "_growth_tracker": 0},
     ):
-        with pytest.raises(UserError, match="the checkpoint's scaler makes no sense"):
+        with pytest.raises(UserError, match="the checkpoint's scaler is invalid"):
             checkpoint.load_scaler(fresh, {"scaler": wrong})
     checkpoint.load_scaler(fresh, {})
     assert fresh.get_scale() == 4096

@@ -26,7 +26,7 @@ from deepvision import checkpoint
 from deepvision.models import registry
 from deepvision.models.scene_net import SceneNet
 from deepvision.runtime import event_file, run_logger
-from deepvision.training import engine
+from deepvision.training import trainer
 
 if not hasattr(os, "fork"):
     pytest.skip("needs fork and SIGKILL", allow_module_level=True)
@@ -68,11 +68,10 @@ def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> Non
     torch.set_num_threads(1)
     # what the run's own workers start by, elsewhere than in a forkserver's child
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else "spawn", force=True)
-    run_logger.LOGS = logs
     registry.MODEL_REGISTRY = BUILDERS
     if kill:
         module, name, count, *signals = kill
-        owner = {"os": os, "engine": engine, "book": run_logger.RunLogger}[module]
+        owner = {"os": os, "trainer": trainer, "logger": run_logger.RunLogger}[module]
         original, calls = getattr(owner, name), iter(range(10**6))
 
         def call(*args, **options):
@@ -82,8 +81,7 @@ def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> Non
             return original(*args, **options)
 
         setattr(owner, name, call)
-    sys.argv = ["main.py", *words]
-    sys.exit(main.main(words))
+    sys.exit(main.main(words, logs))
 
 
 class Runs:
@@ -132,11 +130,11 @@ def whole(sample_root, tmp_path_factory):
 
 
 KILLS = {  # two steps an epoch, a save after each and one at its end, where the best is saved, too
-    "no worker": [("os", "fsync", 8), ("engine", "evaluate", 1), ("os", "link", 2)],
+    "no worker": [("os", "fsync", 8), ("trainer", "evaluate", 1), ("os", "link", 2)],
     "2 workers": [("os", "replace", 6)],
-    "adversarial": [("book", "epoch", 1)],
-    "vit": [("book", "step", 3)],
-    "mean of weights": [("os", "fsync", 8), ("engine", "evaluate", 1)],
+    "adversarial": [("logger", "log_epoch", 1)],
+    "vit": [("logger", "log_step", 3)],
+    "mean of weights": [("os", "fsync", 8), ("trainer", "evaluate", 1)],
 }
 OTHERWISE = {  # how the last part is run, where not as the others; it changes no bit
     "no worker": ["-j=1", "--cache=ram"],
@@ -158,7 +156,7 @@ def test_a_killed_run_ends_as_if_nobody_had_touched_it(sample_root, tmp_path, wh
 def test_a_request_to_stop_ends_the_validation(sample_root, tmp_path, whole):
     """At once, on machines that are taken away 30 seconds later; validation is then repeated."""
     runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
-    assert runs.run(kill=("engine", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
+    assert runs.run(kill=("trainer", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
     (folder,) = runs.folders()
     last = folder / "models" / checkpoint.LAST
     content = checkpoint.load(last)
@@ -190,7 +188,7 @@ def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
 
     before = {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
     assert runs.run("--resume=auto") == 0
-    assert runs.text().endswith("This run has done 3 epochs: raise --epochs to go on.\n")
+    assert runs.text().endswith("This run has done 3 epochs: raise --epochs to train further.\n")
     assert before == {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
@@ -198,13 +196,13 @@ def test_resume_auto_takes_the_newest_good_checkpoint_of_the_newest_run(
 def test_two_processes_do_not_write_to_one_run(sample_root, tmp_path, whole):
     """The second is refused as long as the first one lives, even if that does nothing."""
     runs = Runs(sample_root, tmp_path, VARIANTS["2 workers"])
-    first = runs.start(kill=("book", "epoch", 1, signal.SIGSTOP))
+    first = runs.start(kill=("logger", "log_epoch", 1, signal.SIGSTOP))
     status = Path(f"/proc/{first.pid}/stat")
     while status.read_text().rpartition(")")[2].split()[0] != "T":
         time.sleep(0.05)
     before = final_state(runs.folders()[0])
     assert runs.run("--resume=auto") == 1
-    assert re.search(r"^error: another process writes to \S+: let it end", runs.text(), re.M)
+    assert re.search(r"^error: another process writes to \S+: wait for it", runs.text(), re.M)
     assert final_state(runs.folders()[0]) == before
     first.kill()  # its workers go on for some seconds
     first.join()
@@ -218,7 +216,7 @@ def test_resume_auto_starts_afresh_where_there_is_nothing(sample_root, tmp_path)
     (folder / "models").mkdir(parents=True)
     assert runs.run("--resume=auto", "--epochs=1") == 0, runs.text()
     path = os.path.relpath(folder, CODE)
-    assert f"--resume=auto: {path} holds no checkpoint; starting afresh" in runs.text()
+    assert f"--resume=auto: {path} holds no checkpoint; starting a new run" in runs.text()
     assert len(runs.folders()) == 2 and len(list(folder.rglob("*"))) == 1
     assert runs.run("--resume=auto", "-e") == 0, runs.text()
     assert runs.run("--resume=auto", "-e", "--use-vit") == 1
@@ -237,9 +235,9 @@ def test_an_epoch_under_way_starts_over_in_another_order(sample_root, tmp_path):
 
 def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
     runs = Runs(sample_root, tmp_path, VARIANTS["2 workers"])
-    twice = ("engine", "evaluate", 1, signal.SIGINT, signal.SIGINT)
+    twice = ("trainer", "evaluate", 1, signal.SIGINT, signal.SIGINT)
     assert runs.run(kill=twice) == 130, runs.text()
-    assert runs.text().endswith("Stopped at once; what was saved is whole.\n")
+    assert runs.text().endswith("Stopped at once; saved files are intact.\n")
     assert runs.run("--resume=auto") == 0, runs.text()
     assert final_state(runs.folders()[0]) == whole("2 workers")
 

@@ -220,7 +220,7 @@ def load_scaler(scaler: torch.amp.GradScaler, ckpt: dict) -> None:
         UserError: it is invalid.
     """
     saved = ckpt.get("scaler")
-    if not (scaler.is_enabled() and saved):
+    if not scaler.is_enabled() or saved is None or isinstance(saved, dict) and not saved:
         return
     with validated("scaler"):
         scale, growth = float(saved["scale"]), int(saved["_growth_tracker"])

@@ -12,9 +12,9 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 
-from deepvision.attacks.diagnostics import EPSILONS
+from deepvision.attacks import EPSILONS
 from deepvision.runtime.provenance import command_line
 from deepvision.training.objectives import STEPS
 from deepvision.training.signals import parse_interval
@@ -89,43 +89,13 @@ def default_workers() -> int:
 
 
 def listed(values: dict[str, int]) -> str:
+    """Values by name, for help texts."""
     return ", ".join(f"{value} for {name}" for name, value in values.items())
 
 
 # ---------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------
-
-NETWORK, TRAINING = "network (default: SimpleNet)", "training"
-ACTIONS = "evaluate or attack a trained network, with --resume or --weights"
-SAVING, MACHINE, DATA = "resume and save", "machine and speed", "data"
-ADVERSARIAL = "adversarial training"
-ATTACK = "another attack for -a: PGD, by default untargeted"
-
-
-def option(
-    *flags: str,
-    help: str,  # noqa: A002 - argparse's word
-    group: str,
-    default: object = None,
-    restored: bool = True,
-    **options: object,
-) -> Field:
-    """A setting with its flags. restored: a resumed run takes it from its checkpoint."""
-    metadata = {"flags": flags, "group": group, "restored": restored}
-    metadata["options"] = {"help": help, **options}
-    if callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def switch(*flags: str, **options: object) -> Field:
-    """A setting that its flag turns on."""
-    return option(*flags, default=False, action="store_true", **options)
-
-
-def by_network(name: str) -> str:
-    return f"default {DEFAULTS[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,275 +105,61 @@ class RunConfig:
     named: the settings that the command line names; command: the command line, for records.
     """
 
-    data_folder: str = option(group=DATA, help="folder with images/, train.txt and val.txt")
-
-    use_custom_conv: bool = switch(
-        "--use-custom-conv", group=NETWORK, restored=False, help="SimpleNet on CustomConv2d"
-    )
-    use_vit: bool = switch("--use-vit", group=NETWORK, restored=False, help="SimpleViT, AdamW")
-    use_resnet18: bool = switch(
-        "--use-resnet18", group=NETWORK, restored=False, help="ResNet-18 with ImageNet weights"
-    )
-    use_scene_net: bool = switch(
-        "--use-scene-net", group=NETWORK, restored=False, help="SceneNet, our own network"
-    )
-
-    epochs: int = option(
-        "--epochs", group=TRAINING, type=at_least(int, 1), default=90, help="training epochs"
-    )
-    batch_size: int = option(
-        "-b",
-        "--batch-size",
-        group=TRAINING,
-        type=at_least(int, 1),
-        default=256,
-        help="images per optimizer step, over all processes",
-    )
-    lr: float | None = option(
-        "--lr",
-        "--learning-rate",
-        group=TRAINING,
-        type=at_least(float, 0),
-        help=f"peak learning rate; {by_network('lr')}",
-    )
-    warmup: float = option(
-        "--warmup",
-        group=TRAINING,
-        type=at_least(float, 0, 1e6),
-        default=5,
-        help="epochs of linear warmup, before the cosine decay",
-    )
-    momentum: float = option(
-        "--momentum", group=TRAINING, type=at_least(float, 0, 1), default=0.9, help="SGD only"
-    )
-    wd: float | None = option(
-        "--wd",
-        "--weight-decay",
-        group=TRAINING,
-        type=at_least(float, 0),
-        help=f"weight decay; {by_network('wd')}",
-    )
-    clip_grad: float = option(
-        "--clip-grad",
-        group=TRAINING,
-        type=at_least(float, 0),
-        default=1.0,
-        help="largest gradient norm, ViT only; 0 = off",
-    )
-    label_smoothing: float | None = option(
-        "--label-smoothing",
-        group=TRAINING,
-        type=at_least(float, 0, 1),
-        help=f"probability spread over all classes; {by_network('label_smoothing')}",
-    )
-    cutmix: float | None = option(
-        "--cutmix",
-        group=TRAINING,
-        type=at_least(float, 0, 1),
-        help=f"fraction of batches with CutMix; {by_network('cutmix')}",
-    )
-    ema: float | None = option(
-        "--ema",
-        group=TRAINING,
-        type=at_least(float, 0, 1),
-        help=f"fraction of the run that the weights' moving average spans; {by_network('ema')}",
-    )
-    seed: int = option(
-        "--seed",
-        group=TRAINING,
-        type=at_least(int, 0, 2**32 - 1),
-        default=2024,
-        help="seed of weights, order, augmentation and attacks",
-    )
-    start_epoch: int = option(
-        "--start-epoch",
-        group=TRAINING,
-        type=at_least(int, 0),
-        default=0,
-        restored=False,
-        help="epochs to count as done",
-    )
-
-    evaluate: bool = switch(
-        "-e", "--evaluate", group=ACTIONS, restored=False, help="accuracy, averaged with the mirror"
-    )
-    attack: bool = switch(
-        "-a", "--attack", group=ACTIONS, restored=False, help="accuracy under the default attack"
-    )
-    vis: bool = switch(
-        "-v", "--vis", group=ACTIONS, restored=False, help="images to TensorBoard, with -e or -a"
-    )
-
-    resume: str = option(
-        "--resume",
-        group=SAVING,
-        metavar="PATH",
-        default="",
-        restored=False,
-        help="checkpoint or run folder to resume; auto = the newest run",
-    )
-    weights: str = option(
-        "--weights",
-        group=SAVING,
-        metavar="FILE",
-        default="",
-        help="checkpoint whose weights a new run starts from",
-    )
-    save_every: str = option(
-        "--save-every",
-        group=SAVING,
-        type=interval,
-        default="10m",
-        metavar="INTERVAL",
-        help="time or steps between checkpoints: 10m, 30s or 200",
-    )
-    print_freq: int = option(
-        "-p",
-        "--print-freq",
-        group=SAVING,
-        type=at_least(int, 1),
-        default=10,
-        help="batches between two printed lines",
-    )
-    best_by: str = option(
-        "--best-by",
-        group=SAVING,
-        choices=("clean", "robust"),
-        default="clean",
-        help="metric that selects model_best; robust needs --at",
-    )
-
-    gpu: int | None = option(
-        "--gpu",
-        group=MACHINE,
-        type=at_least(int, -1),
-        restored=False,
-        help="index of the GPU; -1 = CPU; default: the first GPU, or the CPU",
-    )
-    use_mps: bool = switch("--use-mps", group=MACHINE, restored=False, help="use Apple's GPU")
-    workers: int = option(
-        "-j",
-        "--workers",
-        group=MACHINE,
-        type=at_least(int, 0, 256),
-        default=default_workers,
-        restored=False,
-        help="processes that load images; default 4, fewer on fewer cores",
-    )
-    amp: str = option(
-        "--amp",
-        group=MACHINE,
-        choices=("off", "bf16", "fp16"),
-        default="off",
-        help="mixed precision",
-    )
-    compile: bool = switch(
-        "--compile", group=MACHINE, help="torch.compile: a minute to start, then faster steps"
-    )
-    deterministic: bool = switch(
-        "--deterministic", group=MACHINE, help="the same bits from every run on the same GPU"
-    )
-    cache: str = option(
-        "--cache",
-        group=MACHINE,
-        choices=("none", "ram", "disk", "device"),
-        default="none",
-        help="decode each image once and keep it; device = on the GPU",
-    )
-
-    check_data: bool = switch(
-        "--check-data", group=DATA, restored=False, help="read every file, report faults, exit"
-    )
-    skip_bad_images: bool = switch(
-        "--skip-bad-images", group=DATA, help="leave out images that cannot be read"
-    )
-
-    pgd: bool = option(
-        "--pgd",
-        group=ADVERSARIAL,
-        type=boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        restored=False,
-        metavar="True|False",
-        help="the same as --at=pgd",
-    )
-    at: str | None = option("--at", group=ADVERSARIAL, choices=tuple(STEPS), help="training mode")
-    at_eps: float = option(
-        "--at-eps",
-        group=ADVERSARIAL,
-        type=at_least(float, 0),
-        default=4.0,
-        help="l_inf radius in 8-bit intensity levels (0-255)",
-    )
-    pgd_prob: float = option(
-        "--pgd-prob",
-        group=ADVERSARIAL,
-        type=at_least(float, 0, 1),
-        default=1.0,
-        help="fraction of batches to attack",
-    )
-    pgd_steps: int | None = option(
-        "--pgd-steps",
-        group=ADVERSARIAL,
-        type=at_least(int, 0),
-        help=f"attack steps, or replays of a batch; {listed(STEPS)}",
-    )
-    pgd_blend: float = option(
-        "--pgd-blend",
-        group=ADVERSARIAL,
-        type=at_least(float, 0, 1),
-        default=0.0,
-        help="weight of the clean image in an attacked one",
-    )
-
-    attack_norm: str | None = option(
-        "--attack-norm",
-        group=ATTACK,
-        type=norm,
-        restored=False,
-        metavar="NORM",
-        help="linf, l2 or l1; default linf",
-    )
-    attack_eps: float | None = option(
-        "--attack-eps",
-        group=ATTACK,
-        type=at_least(float, 0),
-        restored=False,
-        help=f"radius in 8-bit intensity levels: 4 is 4/255; default {listed(EPSILONS)}",
-    )
-    attack_steps: int | None = option(
-        "--attack-steps",
-        group=ATTACK,
-        type=at_least(int, 0),
-        restored=False,
-        help="number of steps; default 10",
-    )
-    attack_step_size: float | None = option(
-        "--attack-step-size",
-        group=ATTACK,
-        type=at_least(float, 0),
-        restored=False,
-        help="size of a step in 8-bit intensity levels; default 2.5 eps / steps",
-    )
-    attack_goal: str | None = option(
-        "--attack-goal",
-        group=ATTACK,
-        choices=("untargeted", "least_likely", "random"),
-        restored=False,
-        help="label to leave or to reach; default untargeted",
-    )
-    attack_restarts: int | None = option(
-        "--attack-restarts",
-        group=ATTACK,
-        type=at_least(int, 1),
-        restored=False,
-        help="random starts, the worst counts for each image; default 1",
-    )
-    sweep: bool = switch(
-        "--sweep", group=ATTACK, restored=False, help="accuracy over a grid of eps and steps"
-    )
+    data_folder: str
+    # the network
+    use_custom_conv: bool = False
+    use_vit: bool = False
+    use_resnet18: bool = False
+    use_scene_net: bool = False
+    # training
+    epochs: int = 90
+    batch_size: int = 256
+    lr: float | None = None
+    warmup: float = 5
+    momentum: float = 0.9
+    wd: float | None = None
+    clip_grad: float = 1.0
+    label_smoothing: float | None = None
+    cutmix: float | None = None
+    ema: float | None = None
+    seed: int = 2024
+    start_epoch: int = 0
+    # evaluation
+    evaluate: bool = False
+    attack: bool = False
+    vis: bool = False
+    # checkpoints
+    resume: str = ""
+    weights: str = ""
+    save_every: str = "10m"
+    print_freq: int = 10
+    best_by: str = "clean"
+    # the machine
+    gpu: int | None = None
+    use_mps: bool = False
+    workers: int = field(default_factory=default_workers)
+    amp: str = "off"
+    compile: bool = False
+    deterministic: bool = False
+    cache: str = "none"
+    # data
+    check_data: bool = False
+    skip_bad_images: bool = False
+    # adversarial training
+    pgd: bool = False
+    at: str | None = None
+    at_eps: float = 4.0
+    pgd_prob: float = 1.0
+    pgd_steps: int | None = None
+    pgd_blend: float = 0.0
+    # another attack for -a
+    attack_norm: str | None = None
+    attack_eps: float | None = None
+    attack_steps: int | None = None
+    attack_step_size: float | None = None
+    attack_goal: str | None = None
+    attack_restarts: int | None = None
+    sweep: bool = False
 
     named: frozenset[str] = frozenset()
     command: str = ""
@@ -430,7 +186,7 @@ class RunConfig:
 
     def as_dict(self) -> dict:
         """The settings as plain values, for config.json and checkpoints."""
-        return {f.name: getattr(self, f.name) for f in settings()}
+        return {name: getattr(self, name) for name in SETTINGS}
 
     def resume_command(self, path: str) -> str:
         """The command that resumes from `path`: the machine's settings are not in a checkpoint."""
@@ -441,9 +197,13 @@ class RunConfig:
         return shlex.join(["python", "main.py", self.data_folder, f"--resume={path}", *machine])
 
 
-def settings() -> list[Field]:
-    """The dataclass fields that are settings."""
-    return [f for f in fields(RunConfig) if f.metadata]
+SETTINGS = {f.name: f.default for f in fields(RunConfig) if f.name not in ("named", "command")}
+
+# What a resumed run takes from its own command line only: its action, its network (which the
+# checkpoint knows), its files and its machine
+NOT_RESTORED = {"data_folder", *NETWORK_FLAGS, "start_epoch", "resume", "pgd", "check_data"}
+NOT_RESTORED |= {"evaluate", "attack", "vis", "sweep", "gpu", "use_mps", "workers"}
+NOT_RESTORED |= {name for name in SETTINGS if name.startswith("attack_")}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -463,6 +223,98 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+Flag = tuple[str, str, dict]  # flags, help, options of add_argument
+
+
+def flag(names: str, text: str, kind: Callable | tuple | None = None, **options: object) -> Flag:
+    """A flag with its help. kind: a converter or the choices; None: a switch."""
+    if kind is None:
+        options["action"] = "store_true"
+    elif isinstance(kind, tuple):
+        options["choices"] = kind
+    else:
+        options["type"] = kind
+    return names, text, options
+
+
+def by_network(name: str) -> str:
+    """The help of a default that depends on the network."""
+    return f"default {DEFAULTS[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
+
+
+fraction, positive, count = at_least(float, 0, 1), at_least(float, 0), at_least(int, 1)
+FLAGS: dict[str, list[Flag]] = {
+    "network (default: SimpleNet)": [
+        flag("--use-custom-conv", "SimpleNet on CustomConv2d"),
+        flag("--use-vit", "SimpleViT, trained with AdamW"),
+        flag("--use-resnet18", "ResNet-18 with ImageNet weights"),
+        flag("--use-scene-net", "SceneNet, our own network, with its own defaults"),
+    ],
+    "training": [
+        flag("--epochs", "number of epochs", count),
+        flag("-b --batch-size", "images per step, over all processes", count),
+        flag("--lr --learning-rate", f"peak learning rate; {by_network('lr')}", positive),
+        flag("--warmup", "epochs of linear warmup before the cosine", at_least(float, 0, 1e6)),
+        flag("--momentum", "momentum of SGD", fraction),
+        flag("--wd --weight-decay", f"weight decay; {by_network('wd')}", positive),
+        flag("--clip-grad", "largest gradient norm, ViT only; 0 = off", positive),
+        flag("--label-smoothing", f"label smoothing; {by_network('label_smoothing')}", fraction),
+        flag("--cutmix", f"fraction of batches with CutMix; {by_network('cutmix')}", fraction),
+        flag("--ema", f"fraction of the run that EMA spans; {by_network('ema')}", fraction),
+        flag(
+            "--seed", "seed of weights, order, augmentation, attacks", at_least(int, 0, 2**32 - 1)
+        ),
+        flag("--start-epoch", "epochs to count as done", at_least(int, 0)),
+    ],
+    "evaluate or attack a trained network, with --resume": [
+        flag("-e --evaluate", "accuracy, plain and averaged with the mirror images"),
+        flag("-a --attack", "accuracy under the assignment's attack"),
+        flag("-v --vis", "images to TensorBoard, with -e or -a"),
+    ],
+    "resume and save": [
+        flag("--resume", "checkpoint or run folder; auto = the newest run", str, metavar="PATH"),
+        flag("--weights", "checkpoint that a new run starts from", str, metavar="FILE"),
+        flag("--save-every", "time or steps between checkpoints: 10m, 30s, 200", interval),
+        flag("-p --print-freq", "batches between two printed lines", count),
+        flag("--best-by", "metric that selects model_best; robust needs --at", ("clean", "robust")),
+    ],
+    "machine and speed": [
+        flag(
+            "--gpu", "index of the GPU, -1 = CPU; default: the first GPU, if any", at_least(int, -1)
+        ),
+        flag("--use-mps", "use Apple's GPU"),
+        flag("-j --workers", "loader processes; default 4 or the cores", at_least(int, 0, 256)),
+        flag("--amp", "mixed precision", ("off", "bf16", "fp16")),
+        flag("--compile", "torch.compile: a minute to start, then faster steps"),
+        flag("--deterministic", "the same bits from every run on the same GPU"),
+        flag(
+            "--cache", "keep decoded images; device = on the GPU", ("none", "ram", "disk", "device")
+        ),
+    ],
+    "data": [
+        flag("--check-data", "read every file, report faults, exit"),
+        flag("--skip-bad-images", "leave out images that cannot be read"),
+    ],
+    "adversarial training": [
+        flag("--pgd", "the same as --at=pgd", boolean, nargs="?", const=True, metavar="True|False"),
+        flag("--at", "mode of adversarial training", tuple(STEPS)),
+        flag("--at-eps", "l_inf radius in 8-bit intensity levels (0-255)", positive),
+        flag("--pgd-prob", "fraction of batches to attack", fraction),
+        flag("--pgd-steps", f"attack steps, or replays; {listed(STEPS)}", at_least(int, 0)),
+        flag("--pgd-blend", "weight of the clean image in an attacked one", fraction),
+    ],
+    "another attack for -a: PGD, by default untargeted; lengths in 8-bit levels (4 = 4/255)": [
+        flag("--attack-norm", "linf, l2 or l1; default linf", norm, metavar="NORM"),
+        flag("--attack-eps", f"radius; default {listed(EPSILONS)}", positive),
+        flag("--attack-steps", "number of steps; default 10", at_least(int, 0)),
+        flag("--attack-step-size", "size of a step; default 2.5 eps / steps", positive),
+        flag("--attack-goal", "what to reach", ("untargeted", "least_likely", "random")),
+        flag("--attack-restarts", "random starts, of which the worst counts; default 1", count),
+        flag("--sweep", "accuracy over a grid of eps and steps"),
+    ],
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py's flags; its namespace holds the named settings only."""
     parser = OneLineParser(
@@ -472,19 +324,21 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    groups = {}
-    for f in settings():
-        name, options = f.metadata["group"], dict(f.metadata["options"])
-        if not f.metadata["flags"]:
-            parser.add_argument(f.name, **options)
-            continue
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
-        default = f.default if f.default_factory is MISSING else None
-        if default not in (None, False, ""):
-            options["help"] += f"; default {default}"
-        group.add_argument(*f.metadata["flags"], dest=f.name, **options)
+    parser.add_argument("data_folder", help="folder with images/, train.txt and val.txt")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for names, text, options in flags:
+            action = group.add_argument(*names.split(), dest=setting(names), help=text, **options)
+            default = SETTINGS[action.dest]
+            if default not in (None, False, "", MISSING):
+                action.help += f"; default {default}"
     return parser
+
+
+def setting(names: str) -> str:
+    """The setting of a flag: the first long name, but --evaluate for -e."""
+    long = next(name for name in names.split() if name.startswith("--"))
+    return long[2:].replace("-", "_")
 
 
 def parse(argv: Sequence[str], script: str = "main.py") -> RunConfig:
@@ -540,10 +394,9 @@ def training_contradictions(config: RunConfig) -> Iterator[str]:
     """The reasons why these settings of adversarial training make no sense together."""
     if config.pgd and config.at != "pgd":
         yield f"--pgd means --at=pgd: leave it or --at={config.at} out"
-    needs_mode = {"at_eps", "pgd_prob", "pgd_steps", "pgd_blend", "best_by"}
-    for f in settings():
-        if f.name in needs_mode and getattr(config, f.name) != f.default and not config.at:
-            yield f"{spelled(f.name)} needs --pgd or --at"
+    for name in ("at_eps", "pgd_prob", "pgd_steps", "pgd_blend", "best_by"):
+        if getattr(config, name) != SETTINGS[name] and not config.at:
+            yield f"{spelled(name)} needs --pgd or --at"
     if config.cutmix and config.at:
         yield "--cutmix mixes images and --at attacks whole ones: leave one of them out"
     if config.pgd_blend and config.at in ("free", "trades"):
@@ -581,38 +434,34 @@ def restore(config: RunConfig, saved: dict) -> tuple[RunConfig, dict[str, tuple]
         UserError: a saved value is invalid, or contradicts a named one.
     """
     restored, changed = {}, {}
-    for f in settings():
-        if not f.metadata["restored"] or not f.metadata["flags"] or f.name not in saved:
-            continue
-        value = valid_value(f, saved[f.name])
-        if f.name not in config.named:
-            restored[f.name] = value
-        elif value != getattr(config, f.name):
-            changed[f.name] = value, getattr(config, f.name)
+    for name in (saved.keys() & SETTINGS.keys()) - NOT_RESTORED:
+        value = valid_value(name, saved[name])
+        if name not in config.named:
+            restored[name] = value
+        elif value != getattr(config, name):
+            changed[name] = value, getattr(config, name)
     config = replace(config, **restored)
     for message in training_contradictions(config):
         raise UserError(f"{message} (the run's settings are restored: a named flag overrides them)")
     return config, changed
 
 
-def valid_value(f: Field, value: object) -> object:
-    """A saved value, if the command line would accept it too.
+def valid_value(name: str, value: object) -> object:
+    """A saved value of a setting, if the command line would accept it too.
 
     Raises:
         UserError: it would not.
     """
-    options = f.metadata["options"]
+    default = SETTINGS[name]
+    if value is None and default is None or isinstance(value, bool) and isinstance(default, bool):
+        return value
+    names = next(n for flags in FLAGS.values() for n, *_ in flags if setting(n) == name)
+    flag = next(n for n in names.split() if n.startswith("--"))
     try:
-        if value is None and f.default is None:
-            return None
-        if options.get("action") == "store_true":
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if "choices" in options and value not in options["choices"]:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
-        if not isinstance(value, (int, float, str)):
-            raise ValueError
-        return options.get("type", str)(str(value))
-    except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"the checkpoint's setting {f.name} = {value!r:.40} is invalid") from None
+        parser = build_parser()
+        parser.exit_on_error = False
+        return getattr(parser.parse_args(["-", f"{flag}={value}"]), name)
+    except (ValueError, argparse.ArgumentError, SystemExit):
+        raise UserError(f"the checkpoint's setting {name} = {value!r:.40} is invalid") from None

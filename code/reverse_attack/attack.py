@@ -1,14 +1,14 @@
-"""Attack the test images of a classifier and keep the results. From code/:
+"""Attack the test images of a classifier and store the results. From code/:
 
-python reverse_attack/attack.py --attack_iters 5 --norm l_1        # also l_2, l_inf, all
-python reverse_attack/attack.py --norm l_inf --attack_type cw --restarts 3 --eval
+python reverse_attack/attack.py --attack-iters 5 --norm l_1        # also l_2, l_inf, all
+python reverse_attack/attack.py --norm l_inf --attack-type cw --restarts 3 --eval
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,65 +16,70 @@ import torch
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepvision.attacks.norms import size
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, lp_norm
 from deepvision.config import at_least
-from reverse_attack import attack_sets, classifier, data, options
-from reverse_attack.attack_sets import NORMS, AttackSet
+from deepvision.runtime.run_dir import LOGS
+from reverse_attack import attack_sets, classifier, options
+from reverse_attack.attack_sets import ATTACKS, NORMS, AttackSet
 from reverse_attack.classifier import LoadedClassifier
-from reverse_attack.reversal import BUDGETS, pixels_of
+from reverse_attack.cost import measure_cost
+from reverse_attack.data import Images, list_images
+from reverse_attack.reversal import input_scale
+from utils import relpath
 
-LOSSES = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
 
-
-def parse(argv: list[str] | None) -> Namespace:
-    parser = options.parser("Attack a classifier's test images in an l_p ball.", 250)
+def parse(argv: Sequence[str]) -> Namespace:
+    """Read the command line."""
+    parser = options.make_parser("Attack a classifier's test images in an l_p ball.", 250)
     add = parser.add_argument
-    add("--norm", choices=(*NORMS, "all"), default="l_inf")
-    add("--attack_iters", type=at_least(int, 0), default=5)
+    add("--norm", type=options.norm("all"), default="linf", help="l_inf, l_2, l_1 or all")
+    add("--attack-iters", type=at_least(int, 0), default=5, help="steps; default 5")
     add("--epsilon", type=at_least(float, 0), help="in /255 for l_inf, else on [0, 1] images")
-    add("--pgd-alpha", type=at_least(float, 0), help="step, likewise; 2.5 epsilon / iterations")
-    add("--attack_type", choices=LOSSES, default="pgd", help="cross-entropy, margin, DLR")
-    add("--restarts", type=at_least(int, 1), default=1, help="the worst run counts, by image")
+    add("--pgd-alpha", type=at_least(float, 0), help="step size, likewise; 2.5 epsilon / steps")
+    add("--attack-type", choices=ATTACKS, default="pgd", help="cross-entropy, margin or DLR loss")
+    add("--restarts", type=at_least(int, 1), default=1, help="the worst run counts for each image")
     add("--eval", action="store_true", help="stop at each image's first success")
-    add("--savepath", type=Path, metavar="FOLDER", help="instead of the data root")
-    args = parser.parse_args(argv)
+    add("--savepath", type=Path, metavar="FOLDER", help="default: the data root")
+    args = options.parse(parser, argv, "attack.py")
     if args.norm == "all" and (args.epsilon, args.pgd_alpha) != (None, None):
-        parser.error("--epsilon and --pgd-alpha mean another length in each norm: name one norm")
+        parser.error("--epsilon and --pgd-alpha have another unit in each norm: name one norm")
     return args
 
 
 def attack(args: Namespace) -> None:
-    device = options.choose_device(args.device)
-    listing = data.list_images(args.dataset, args.data_root, "test")
-    trained = classifier.from_args(args, len(listing.classes), device)
-    images = listing.sample(args.seed, args.limit)
+    """Attack the images in each norm and store a set for each."""
+    options.check_epsilon(args.epsilon, args.norm)
+    index = list_images(args.dataset, args.data_root, "test")
+    loaded = classifier.from_args(args, len(index.classes))
+    images = index.sample(args.seed, args.limit)
+    root = args.savepath or args.data_root
     norms = NORMS if args.norm == "all" else (args.norm,)
     for norm in norms:
-        options.writable((args.savepath or args.data_root) / "pgd" / norm)
+        options.require_writable(attack_sets.folder_of(root, norm))
     for norm in norms:
-        made = attack_all(args, norm, trained, images, device)
-        to = attack_sets.save(made, args.savepath or args.data_root, norm, args.attack_iters)
+        attacked = attack_all(args, norm, loaded, images)
+        path, meta = attack_sets.save(attacked, root, norm), attacked.meta
         print(
-            f"{norm}: clean {made.meta['clean_accuracy']:.2f} %, attacked "
-            f"{made.meta['attacked_accuracy']:.2f} %, largest norm {made.meta['largest_norm']:.4g} "
-            f"of {made.meta['epsilon']:g}; {to}"
+            f"{NORMS[norm]}: clean {meta['clean_accuracy']:.2f} %, attacked "
+            f"{meta['attacked_accuracy']:.2f} %, largest norm {meta['largest_norm']:.4g} "
+            f"of {meta['epsilon']:g}; per image {meta['forward_passes_per_image']:.1f} forward "
+            f"passes, {meta['seconds_per_image']:.3f} s; {relpath(path)}"
         )
 
 
-def make(args: Namespace, norm: str) -> PGD:
-    """The attack that the command line asks for; warns of a step that cannot reach epsilon."""
-    epsilon = BUDGETS[NORMS[norm]] if args.epsilon is None else args.epsilon
+def make_attack(args: Namespace, norm: str) -> PGD:
+    """The attack of the command line; warns of a step that cannot reach epsilon."""
+    epsilon = args.budgets[norm] if args.epsilon is None else args.epsilon
     pgd = PGD(
-        norm=NORMS[norm],
+        norm=norm,
         epsilon=epsilon,
         steps=args.attack_iters,
         step_size=0.0 if args.attack_iters == 0 else args.pgd_alpha,
-        loss=LOSSES[args.attack_type],
+        loss=ATTACKS[args.attack_type],
         random_start=True,
         restarts=args.restarts,
         early_stop=args.eval,
-        pixels=pixels_of(NORMS[norm]),
+        pixels=input_scale(norm),
         generator=torch.Generator().manual_seed(args.seed),
     )
     if pgd.base_step() * pgd.steps < epsilon:
@@ -85,17 +90,18 @@ def make(args: Namespace, norm: str) -> PGD:
     return pgd
 
 
-def attack_all(
-    args: Namespace, norm: str, trained: LoadedClassifier, images: data.Images, device: torch.device
-) -> AttackSet:
-    """Every image attacked, and what the attack was and did."""
-    pgd, model, start = make(args, norm), trained.model, time.perf_counter()
+def attack_all(args: Namespace, norm: str, loaded: LoadedClassifier, images: Images) -> AttackSet:
+    """Attack every image; the record says with what, and with what success and cost."""
+    pgd, model = make_attack(args, norm), loaded.model
     attacked, largest, clean_hits, hits = [], 0.0, 0, 0
-    for x, y in images.batches(args.batchsize):
-        x, y = x.to(device), y.to(device)
-        x_adv = pgd.perturb(model, x, y).clamp(0, 1)
+    forward = seconds = 0.0
+    for x, y in images.batches(args.batch_size):
+        x, y = x.to(args.device), y.to(args.device)
+        with measure_cost(model, len(images)) as cost:
+            x_adv = pgd.perturb(model, x, y).clamp(0, 1)
+        forward, seconds = forward + cost.forward, seconds + cost.seconds
         delta = (x_adv - x) * pgd.pixels.scale(x)
-        largest = max(largest, size(delta, pgd.norm).max().item())
+        largest = max(largest, lp_norm(delta, pgd.norm).max().item())
         with torch.no_grad():
             clean_hits += (model(x).argmax(1) == y).sum().item()
             hits += (model(x_adv).argmax(1) == y).sum().item()
@@ -105,17 +111,19 @@ def attack_all(
         "clean_accuracy": 100 * clean_hits / len(images),
         "attacked_accuracy": 100 * hits / len(images),
         "largest_norm": largest,
-        "seconds": round(time.perf_counter() - start, 1),
+        "forward_passes_per_image": forward,
+        "seconds_per_image": seconds,
     }
-    return AttackSet(torch.cat(attacked), images.y, describe(pgd, args, norm, trained) | measured)
+    return AttackSet(torch.cat(attacked), images.y, describe(pgd, args, norm, loaded) | measured)
 
 
-def describe(pgd: PGD, args: Namespace, norm: str, trained: LoadedClassifier) -> dict:
-    """How the images were made, and of which classifier."""
+def describe(pgd: PGD, args: Namespace, norm: str, loaded: LoadedClassifier) -> dict:
+    """The record of the attack and of the classifier that it attacks."""
     return {
-        "norm": norm,
+        "attack": args.attack_type,
+        "norm": NORMS[norm],
         "epsilon": pgd.epsilon,
-        "epsilon_unit": "1/255" if norm == "l_inf" else "pixels in [0, 1]",
+        "epsilon_unit": "1/255" if norm == "linf" else "images in [0, 1]",
         "step_size": pgd.base_step(),
         "iterations": pgd.steps,
         "restarts": pgd.restarts,
@@ -123,15 +131,16 @@ def describe(pgd: PGD, args: Namespace, norm: str, trained: LoadedClassifier) ->
         "early_stop": pgd.early_stop,
         "seed": args.seed,
         "dataset": args.dataset,
-        "checkpoint": f"{trained.path.parent.parent.name}/{trained.path.name}",
-        "checkpoint_sha256": trained.sha256,
+        "checkpoint": f"{loaded.path.parent.parent.name}/{loaded.path.name}",
+        "checkpoint_sha256": loaded.sha256,
         "bf16": args.bf16,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    return options.run(attack, parse(argv))
+def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
+    """Run one command line; return the exit code. logs: where run folders are."""
+    return options.run(attack, parse(sys.argv[1:] if argv is None else argv), logs)
 
 
 if __name__ == "__main__":

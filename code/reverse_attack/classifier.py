@@ -1,4 +1,4 @@
-"""Classifiers of pixels in [0, 1] that tell their features too, and where to find a trained one."""
+"""Classifiers of images in [0, 1] with access to their features, and how to find a trained one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from deepvision import checkpoint
 from deepvision.models import registry
-from deepvision.runtime import run_logger
+from deepvision.runtime.run_dir import run_dirs
 from reverse_attack import resnets
 from utils import UserError, relpath
 
@@ -22,9 +22,9 @@ UNUSED = "sub_block1."  # a block that the public checkpoint holds and its netwo
 
 
 class Classifier(nn.Module):
-    """A network behind a layer that brings pixels in [0, 1] to its mean and std.
+    """A network behind a layer that normalises images in [0, 1] with its mean and std.
 
-    Its features are what its last linear layer is given, whatever the network.
+    Its features are the input of the network's last linear layer.
     bf16: the network computes in bfloat16 where torch's autocast does; logits are float32.
     """
 
@@ -43,33 +43,35 @@ class Classifier(nn.Module):
             self.register_buffer(name, column, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pixels `(N, 3, H, W)` to logits `(N, K)`."""
+        """Images (N, 3, H, W) in [0, 1] to logits (N, K)."""
         x = ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.net(x)
         return logits.float()
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features `(N, D)` and logits `(N, K)` of one forward pass."""
-        seen = []
-        hook = self.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and logits (N, K) of one forward pass."""
+        features = []
+        hook = self.last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         try:
             logits = self(x)
         finally:
             hook.remove()
-        return seen[0].float(), logits
+        return features[0].float(), logits
 
     def features(self, x: Tensor) -> Tensor:
-        return self.both(x)[0]
+        """Features (N, D) of images (N, 3, H, W)."""
+        return self.features_and_logits(x)[0]
 
     @property
     def last(self) -> nn.Linear:
+        """The network's last linear layer."""
         return [module for module in self.net.modules() if isinstance(module, nn.Linear)][-1]
 
 
 @dataclass
 class LoadedClassifier:
-    """A classifier with the file it came from."""
+    """A classifier with its checkpoint's path and SHA-256, and the name of its network."""
 
     model: Classifier
     path: Path
@@ -77,20 +79,19 @@ class LoadedClassifier:
     arch: str
 
 
-def kind(task: str, dataset: str, arch: str) -> str:
-    """What a run's folder is called before `_exp_`."""
+def run_kind(task: str, dataset: str, arch: str) -> str:
+    """The part of a run folder's name before `_exp_`."""
     return f"{dataset}_{task.lower()}_{arch}"
 
 
-def newest(kinds: Sequence[str]) -> list[Path]:
-    """The best checkpoints of all runs of these kinds, the run begun last first."""
-    runs = [f for f in run_logger.LOGS.glob("*_exp_*") if f.name.partition("_exp_")[0] in kinds]
-    runs.sort(key=lambda f: f.name.partition("_exp_")[2], reverse=True)
-    return [path for run in runs if (path := run / "models" / checkpoint.BEST).is_file()]
+def best_checkpoints(logs: Path, kind: str) -> list[Path]:
+    """The best checkpoints of all runs of this kind, the newest run first."""
+    paths = (run / "models" / checkpoint.BEST for run in run_dirs(logs, [kind]))
+    return [path for path in paths if path.is_file()]
 
 
-def find(weights: str | None, dataset: str, arch: str) -> Path:
-    """The file named, else the newest robust classifier, else the newest plain one.
+def find(weights: str | None, logs: Path, dataset: str, arch: str) -> Path:
+    """The file `weights`, else that of the newest robust run, else of the newest plain one.
 
     Raises:
         UserError: there is none.
@@ -98,7 +99,7 @@ def find(weights: str | None, dataset: str, arch: str) -> Path:
     if weights:
         return Path(weights)
     for task in ("Robust", "Clean"):
-        if paths := newest([kind(task, dataset, arch)]):
+        if paths := best_checkpoints(logs, run_kind(task, dataset, arch)):
             return paths[0]
     raise UserError(
         f"no {arch} classifier for {dataset} yet: train one with "
@@ -106,39 +107,47 @@ def find(weights: str | None, dataset: str, arch: str) -> Path:
     )
 
 
-def from_args(args: Namespace, num_classes: int, device: torch.device) -> LoadedClassifier:
-    """The classifier that the command line means, in evaluation mode on the device."""
-    path = find(args.weights, args.dataset, args.arch)
-    trained = load(path, args.arch, num_classes, args.bf16)
-    trained.model.to(device)
+def from_args(args: Namespace, num_classes: int) -> LoadedClassifier:
+    """The classifier of the command line, in evaluation mode on its device."""
+    path = find(args.weights, args.logs, args.dataset, args.arch)
+    loaded = load(path, args.arch, num_classes, args.bf16)
+    loaded.model.to(args.device)
     print(f"Classifier: {relpath(path)}", flush=True)
-    return trained
+    return loaded
 
 
 def load(path: Path, arch: str, num_classes: int, bf16: bool = False) -> LoadedClassifier:
-    """A trained classifier: one of train.py's, of main.py's, or a public checkpoint.
+    """A trained classifier: from train.py, from main.py, or a public checkpoint.
+
+    arch: the network of a file that does not name one of main.py's.
 
     Raises:
         UserError: the file is missing or damaged, or does not fit `arch` or the number of classes.
     """
-    content = checkpoint.load(path)
-    found = content.get("kind")
-    if not isinstance(found, str) and "task" not in content:  # perhaps an old file of main.py
-        likely = registry.infer_arch(content["state_dict"], num_classes)
-        if not checkpoint.state_dict_mismatch(
-            registry.create_model(likely, num_classes), content["state_dict"]
-        ):
-            found = likely
-    if isinstance(found, str) and found in registry.MODEL_REGISTRY:
-        arch, net = found, registry.create_model(found, num_classes)
+    ckpt = checkpoint.load(path)
+    if main_arch := main_network(ckpt, num_classes):
+        net, arch = registry.load_network(ckpt, path, num_classes, main_arch)
         model = Classifier(net, IMAGENET_MEAN, IMAGENET_STD, bf16)
     else:
         model = Classifier(net := resnets.build(arch, num_classes), bf16=bf16)
-        weights = content["state_dict"]
-        content["state_dict"] = {k: v for k, v in weights.items() if not k.startswith(UNUSED)}
-    checkpoint.load_weights(net, content, path)
+        weights = ckpt["state_dict"].items()
+        ckpt["state_dict"] = {k: v for k, v in weights if not k.startswith(UNUSED)}
+        checkpoint.load_weights(net, ckpt, path)
     return LoadedClassifier(model.eval(), path, sha256(path), arch)
 
 
+def main_network(ckpt: dict, num_classes: int) -> str | None:
+    """The name of main.py's network that a checkpoint holds; None for any other network."""
+    kind = ckpt.get("kind")
+    if isinstance(kind, str):
+        return kind if kind in registry.MODEL_REGISTRY else None
+    if "task" in ckpt:  # written by train.py
+        return None
+    kind = registry.infer_arch(ckpt["state_dict"], num_classes)
+    model = registry.create_model(kind, num_classes)
+    return None if checkpoint.state_dict_mismatch(model, ckpt["state_dict"]) else kind
+
+
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,36 +1,36 @@
 """CIFAR-10 and MiniPlaces as uint8 tensors (N, 3, H, W), decoded once, and their batches.
 
 <root>/cifar10/{train,test}/<class>/*       class folders, or
-<root>/cifar-10-batches-py/                 what torchvision's downloader leaves, or
+<root>/cifar-10-batches-py/                 as torchvision's downloader leaves it, or
 <root>/images/, train.txt, val.txt          MiniPlaces; its validation set is the test set
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from custom_dataloader import MiniPlacesLoader, count_classes
 from custom_transforms import CenterCrop, Compose, Scale
+from deepvision.data.decoded import DecodedImages, cache_path, map_file, open_or_build
 from utils import UserError, load_image
 
 DATASETS = ("cifar10", "miniplaces")
-HELD_OUT = 0.04  # the share of the training images that chooses checkpoints
-PARTITION_SEED = 771  # of the held-out slice: the same one, whatever the seed of a run
+HELD_OUT = 0.04  # fraction of the training images that selects checkpoints
+PARTITION_SEED = 771  # of the held-out images: the same ones for every seed of a run
+NO_IMAGES = ("thumbs.db", "desktop.ini")  # Windows leaves them in folders; names are case-blind
 
 
 @dataclass
 class Images:
-    """x: uint8 `(N, 3, H, W)`; y: int64 `(N,)`; classes: the categories' names."""
+    """x: uint8 (N, 3, H, W); y: int64 (N,); classes: the names of the categories."""
 
     x: Tensor
     y: Tensor
@@ -40,6 +40,7 @@ class Images:
         return len(self.y)
 
     def take(self, indices: Tensor) -> Images:
+        """The images at `indices`, in that order."""
         return Images(self.x[indices], self.y[indices], self.classes)
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -49,90 +50,98 @@ class Images:
 
 
 def as_pixels(x: Tensor) -> Tensor:
+    """uint8 levels (0-255) as float32 in [0, 1]."""
     return x.float().div_(255)
 
 
 def permutation(n: int, seed: int) -> Tensor:
+    """A random order of n items, int64 (n,)."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
 class ImageIndex:
-    """The images of one split before they are read: where they are, and their labels."""
+    """The images of one split before they are read.
+
+    root: where the file of decoded images is kept; images are read from `folder`/`paths[i]`.
+    prepare: applied to each decoded image (H, W, 3); its repr is part of the file's name.
+    pixels: all images (N, H, W, 3) uint8, where they need no decoding.
+    """
 
     root: Path
     name: str
     y: Tensor
     classes: list[str]
-    paths: Sequence[Path] = ()
-    prepare: Callable[[np.ndarray], np.ndarray] = lambda image: image
-    pixels: np.ndarray | None = None  # (N, H, W, 3), once they are known
+    folder: Path = Path()
+    paths: tuple[str, ...] = ()
+    prepare: Callable[[np.ndarray], np.ndarray] | None = None
+    pixels: np.ndarray | None = None
 
     def sample(self, seed: int, limit: int | None = None) -> Images:
-        """The first `limit` images in the seed's order: class folders are sorted by class."""
+        """The first `limit` images in the seed's order: the index is sorted by class."""
         return self.read(permutation(len(self.y), seed)[:limit])
 
     def split(self, seed: int, limit: int | None = None) -> tuple[Images, Images]:
-        """At most `limit` images to train on, in the seed's order, and the held-out slice."""
+        """At most `limit` images to train on, in the seed's order, and the held-out images."""
         order = permutation(len(self.y), PARTITION_SEED)
         held_out = max(1, round(HELD_OUT * len(order)))
         train, val = order[held_out:], order[:held_out][:limit]
         return self.read(train[permutation(len(train), seed)][:limit]), self.read(val)
 
     def read(self, indices: Tensor) -> Images:
-        """Some of the images: from the cache if it holds these very files, else decoded.
+        """The images at `indices`, from the file of decoded images where there is one.
 
-        The cache is written when most of the images are asked for.
+        That file is written when at least half of the images are asked for.
+
+        Raises:
+            UserError: an image cannot be read or has another size than the first.
         """
-        if self.pixels is None and len(indices) < len(self.y) / 2:
-            cache = self._cache()
-            few = np.load(cache, mmap_mode="r") if cache.exists() else None
-            pixels = self._decode(indices) if few is None else few[indices.numpy()]
+        pixels = self._array(len(indices) >= len(self.y) / 2)
+        if pixels is None:
+            pixels = np.stack([self._decoded[i][0] for i in indices.tolist()])
         else:
-            pixels = self._all()[indices.numpy()]
+            pixels = pixels[indices.numpy()]
         x = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
         return Images(x, self.y[indices], self.classes)
 
-    def _all(self) -> np.ndarray:
-        if self.pixels is None:
-            cache = self._cache()
-            if cache.exists():
-                self.pixels = np.load(cache, mmap_mode="r")
-            else:
-                self.pixels = self._decode(range(len(self.y)))
-                with contextlib.suppress(OSError):  # a read-only data folder works, only slower
-                    cache.parent.mkdir(exist_ok=True)
-                    np.save(partial := cache.with_suffix(".part.npy"), self.pixels)
-                    partial.replace(cache)
-        return self.pixels
+    def read_one(self, index: int) -> np.ndarray:
+        """Decode and prepare one image: uint8 (H, W, 3)."""
+        image = load_image(self.folder / self.paths[index])
+        return self.prepare(image) if self.prepare else image
 
-    def _cache(self) -> Path:
-        """Its name changes with any file's name, size or time."""
-        sums = hashlib.sha256()
-        for path in self.paths:
-            stat = path.stat()
-            sums.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return self.root / "cache" / f"{self.name}-{sums.hexdigest()[:12]}.npy"
+    @cached_property
+    def _decoded(self) -> DecodedImages:
+        return DecodedImages(self.read_one, self.folder, self.paths, self.name)
 
-    def _decode(self, indices: Iterable[int]) -> np.ndarray:
-        images = []
-        for i in tqdm(indices, desc=f"reading {self.name}", leave=False, disable=None):
-            images.append(self.prepare(load_image(self.paths[i])))
-            if images[-1].shape != images[0].shape:
-                width, height = images[-1].shape[1::-1]
-                raise UserError(f"{self.paths[i]} has {width}x{height} pixels, others have not")
-        return np.stack(images)
+    @cached_property
+    def _cache_path(self) -> Path:
+        return cache_path(self._decoded, self.root, repr(self.prepare))
+
+    def _array(self, build: bool) -> np.ndarray | None:
+        """All images (N, H, W, 3); None if they are in no file and none is to be built."""
+        if self.pixels is not None:
+            return self.pixels
+        path, images = self._cache_path, self._decoded
+        array = map_file(path, images.shape)
+        if array is not None or not build:
+            return array
+        try:
+            return open_or_build(path, images, workers=0).array
+        except OSError as e:
+            print(f"Decoded images are not kept: cannot write {path}: {e.strerror}.")
+            return None
 
 
 def list_images(dataset: str, root: Path, split: str) -> ImageIndex:
-    """
+    """The index of a data set's split, train or test.
+
     Raises:
-        UserError: the data set is not below `root`.
+        UserError: the data set is not below `root`, or its two splits have different classes.
     """
     if dataset == "miniplaces":
         return _list_miniplaces(root, "train" if split == "train" else "val")
     if (root / "cifar10" / split).is_dir():
-        return _list_folders(root, split)
+        return _list_folders(root / "cifar10", split)
     if (root / "cifar-10-batches-py").is_dir():
         return _list_torchvision(root, split)
     raise UserError(
@@ -141,17 +150,33 @@ def list_images(dataset: str, root: Path, split: str) -> ImageIndex:
     )
 
 
-def _list_folders(root: Path, split: str) -> ImageIndex:
-    folder = root / "cifar10" / split
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [
-        sorted(p for p in (folder / c).iterdir() if p.is_file() and p.name[0] != ".")
-        for c in classes
-    ]
-    if not all(files) or not classes:
-        raise UserError(f"{folder} has no class folders, or one without images")
-    y = torch.repeat_interleave(torch.tensor([len(f) for f in files]))
-    return ImageIndex(root, f"cifar10-{split}", y, classes, [p for f in files for p in f])
+def _list_folders(folder: Path, split: str) -> ImageIndex:
+    """Class folders; hidden files and folders, and those that Windows leaves, are skipped."""
+    classes = _visible(folder / split, Path.is_dir)
+    other = folder / ("test" if split == "train" else "train")
+    if other.is_dir() and (others := _visible(other, Path.is_dir)) != classes:
+        unlike = sorted({*classes} ^ {*others})
+        raise UserError(
+            f"{folder / split} and {other} have different classes: {', '.join(unlike)}; "
+            "the label of an image is its folder's place in the alphabet"
+        )
+    files = {name: _visible(folder / split / name, Path.is_file) for name in classes}
+    if empty := [name for name in classes if not files[name]]:
+        raise UserError(f"{folder / split / empty[0]} has no images")
+    if not classes:
+        raise UserError(f"{folder / split} has no class folders")
+    y = torch.repeat_interleave(torch.tensor([len(files[name]) for name in classes]))
+    paths = tuple(f"{name}/{file}" for name in classes for file in files[name])
+    return ImageIndex(folder.parent, f"cifar10-{split}", y, classes, folder / split, paths)
+
+
+def _visible(folder: Path, kind: Callable[[Path], bool]) -> list[str]:
+    """The names of the files or folders in `folder`, sorted."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if kind(path) and path.name[0] != "." and path.name.lower() not in NO_IMAGES
+    )
 
 
 def _list_torchvision(root: Path, split: str, download: bool = False) -> ImageIndex:
@@ -168,24 +193,30 @@ def _list_torchvision(root: Path, split: str, download: bool = False) -> ImageIn
 
 
 def _list_miniplaces(root: Path, split: str) -> ImageIndex:
-    loader = MiniPlacesLoader(root, None, count_classes(root), split)
-    names = loader.get_index_mapping()
-    classes = [names.get(str(i), str(i)) for i in range(loader.num_classes)]
-    paths = [loader.image_folder / p for p in loader.paths]
-    centre = Compose([Scale(144), CenterCrop(128)])  # what main.py's classifiers are shown
+    images = MiniPlacesLoader(root, None, count_classes(root), split)
+    names = images.get_index_mapping()
+    classes = [names.get(str(i), str(i)) for i in range(images.num_classes)]
     return ImageIndex(
-        root, f"miniplaces-{split}", torch.tensor(loader.labels), classes, paths, centre
+        root,
+        f"miniplaces-{split}",
+        torch.tensor(images.labels),
+        classes,
+        images.image_folder,
+        tuple(images.paths),
+        Compose([Scale(144), CenterCrop(128)]),  # the input of main.py's classifiers
     )
 
 
 def download_cifar10(root: Path) -> None:
-    """By torchvision's own downloader, if neither form is there yet."""
+    """Download by torchvision, unless the class folders are there."""
     if not (root / "cifar10").is_dir():
         _list_torchvision(root, "train", download=True)
 
 
 class AugmentedBatches:
-    """Shuffled training batches, padded and cropped and mirrored at random, image by image.
+    """Shuffled training batches; each image is shifted and mirrored at random.
+
+    Yields float images in [0, 1], (size, 3, H, W), and labels (size,).
 
     The order and the augmentation of an epoch follow from (seed, epoch). The last partial batch is
     dropped, unless it is the only one.
@@ -206,7 +237,7 @@ class AugmentedBatches:
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to an eighth of its size, black beyond it, and mirrored or not."""
+    """Shift each image (N, C, H, W) by up to an eighth, over black; mirror one in two."""
     N, C, H, W = x.shape
     pad = H // 8
     padded = F.pad(x, (pad,) * 4)

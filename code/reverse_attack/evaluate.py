@@ -1,4 +1,4 @@
-"""What the reversal is worth against attacks that know of it. From code/:
+"""Evaluate the reversal against attacks that know it. From code/:
 
 python reverse_attack/evaluate.py --protocol quick    # half an hour on two cores, narrow network
 python reverse_attack/evaluate.py --protocol full     # for a GPU
@@ -9,65 +9,75 @@ from __future__ import annotations
 import dataclasses
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deepvision.config import at_least
-from reverse_attack import classifier, data, heads, options, verdict
-from reverse_attack.protocol import PROTOCOLS, Evaluation
+from deepvision.runtime.provenance import ROOT
+from deepvision.runtime.run_dir import LOGS
+from reverse_attack import classifier, data, heads, options, results_report
+from reverse_attack.protocol import PROTOCOLS, Evaluator
 from reverse_attack.reversal import BUDGETS
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
+RESULTS = ROOT / "results"
+HEAD_RECORD = ("loss", "n_views", "held_out_loss", "chance", "min_crop")
 
 
-def parse(argv: list[str] | None) -> Namespace:
-    parser = options.parser("Evaluate the reversal, adaptively.", 125)
+def parse(argv: Sequence[str]) -> Namespace:
+    """Read the command line."""
+    parser = options.make_parser("Evaluate the reversal with adaptive attacks.", 125)
     add = parser.add_argument
     add("--protocol", choices=PROTOCOLS, default="quick")
-    add(
-        "--adaptive_limit", type=at_least(int, 1), metavar="N", help="of these for adaptive attacks"
-    )
-    add("--epsilon", type=at_least(float, 0), default=BUDGETS["linf"], help="attacks', in /255")
-    add("--head", metavar="FILE", help="instead of the newest head of this classifier")
+    add("--adaptive-limit", type=at_least(int, 1), metavar="N", help="images of adaptive attacks")
+    add("--epsilon", type=at_least(float, 0), default=BUDGETS["linf"], help="of the attacks, /255")
+    options.add_reversal_flags(parser, negatives="bank")
+    options.add_view_flags(parser, n_views=None)  # the protocol sets their number
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help="for .json and .md")
-    return parser.parse_args(argv)
+    return options.parse(parser, argv, "evaluate.py")
 
 
 def evaluate(args: Namespace) -> None:
-    options.writable(args.results)
-    device = options.choose_device(args.device)
-    listing = data.list_images(args.dataset, args.data_root, "test")
-    trained = classifier.from_args(args, len(listing.classes), device)
-    head = heads.from_args(args, trained)
-    size = PROTOCOLS[args.protocol]
-    images = listing.sample(args.seed, args.limit or size.n)
-    few = min(args.adaptive_limit or size.n_adaptive, len(images))
-    size = dataclasses.replace(size, n=len(images), n_adaptive=few)
-    evaluation = Evaluation(
-        model=trained.model,
-        contrastive=head.loss(trained, 2),
-        untrained=heads.untrained(trained, head, args.seed).loss(trained, 2),
-        x=data.as_pixels(images.x).to(device),
-        y=images.y.to(device),
-        size=size,
+    """Run the protocol; write its tables to reverse_<protocol>.json and .md."""
+    options.check_epsilon(args.epsilon, "linf")
+    options.require_writable(args.results)
+    index = data.list_images(args.dataset, args.data_root, "test")
+    loaded = classifier.from_args(args, len(index.classes))
+    head = heads.from_args(args, loaded)
+    budget = PROTOCOLS[args.protocol]
+    images = index.sample(args.seed, args.limit or budget.n)
+    n_adaptive = min(args.adaptive_limit or budget.n_adaptive, len(images))
+    budget = dataclasses.replace(budget, n=len(images), n_adaptive=n_adaptive)
+    untrained = heads.untrained(loaded, head, args.seed)
+    view_choices = {"negatives": args.negatives, "min_crop": args.min_crop}
+    evaluator = Evaluator(
+        model=loaded.model,
+        contrastive=head.contrastive_loss(loaded, 2, **view_choices),
+        untrained=untrained.contrastive_loss(loaded, 2, **view_choices),
+        x=data.as_pixels(images.x).to(args.device),
+        y=images.y.to(args.device),
+        budget=budget,
         epsilon=args.epsilon,
-        batchsize=args.batchsize,
+        batch_size=args.batch_size,
         seed=args.seed,
+        random_start=args.random_start,
     )
-    about = options.provenance(args, device) | {
+    record = options.record(args) | {
         "protocol": args.protocol,
-        "size": dataclasses.asdict(size),
+        "budget": dataclasses.asdict(budget),
         "epsilon_255": args.epsilon,
-        "classifier": {"arch": trained.arch, "sha256": trained.sha256},
-        "head": {k: head.content[k] for k in ("loss", "n_views", "held_out_loss", "chance")},
+        "classifier": {"arch": loaded.arch, "sha256": loaded.sha256},
+        "head": {k: head.ckpt.get(k) for k in HEAD_RECORD},
+        "min_crop": evaluator.contrastive.min_crop,
     }
-    verdict.write(args.results / f"reverse_{args.protocol}", about, *evaluation.run())
+    results_report.write(args.results / f"reverse_{args.protocol}", record, *evaluator.run())
 
 
-def main(argv: list[str] | None = None) -> int:
-    return options.run(evaluate, parse(argv))
+def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
+    """Run one command line; return the exit code. logs: where run folders are."""
+    return options.run(evaluate, parse(sys.argv[1:] if argv is None else argv), logs)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,114 @@
-"""What the commands of Part IV share: flags, the device, one line for a mistake."""
+"""Command lines of Part IV: common flags, presets, and the execution of a command."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
-import re
-import shlex
 import sys
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from deepvision.checkpoint import write_atomically
 from deepvision.config import OneLineParser, at_least
-from deepvision.runtime import run_logger
-from deepvision.training.engine import device_name
+from deepvision.runtime.device import choose_device, configure_backend
+from deepvision.runtime.errors import exit_code
+from deepvision.runtime.provenance import command_line, provenance, strip_folder
 from reverse_attack import resnets
 from reverse_attack.data import DATASETS, download_cifar10
+from reverse_attack.reversal import BUDGETS
 from utils import UserError
 
+# Choices of Mao et al. (2021) that differ from the defaults here; each command takes those it has
+PRESETS = {
+    "paper": {
+        "budgets": BUDGETS | {"l2": 256 / 255},
+        "min_crop": 0.08,
+        "negatives": "batch",
+        "random_start": True,
+    }
+}
 
-def parser(description: str, batchsize: int) -> OneLineParser:
-    """The flags that every command takes."""
-    made = OneLineParser(description=description)
-    add = made.add_argument
+# The published scripts count l_2 and l_1 in 1/255 too; from these values on, epsilon is theirs
+PUBLISHED_UNITS = {"l2": 32.0, "l1": 255.0}
+
+
+def make_parser(description: str, batch_size: int | None) -> OneLineParser:
+    """A parser with the flags that every command takes."""
+    parser = OneLineParser(description=description)
+    parser.set_defaults(budgets=BUDGETS)
+    add = parser.add_argument
     add("--data-root", type=Path, default="../data", help="holds cifar10/, or MiniPlaces itself")
     add("--dataset", choices=DATASETS, default="cifar10")
-    add("--download", action="store_true", help="CIFAR-10, by torchvision's downloader")
+    add("--download", action="store_true", help="download CIFAR-10 with torchvision")
     add("--arch", type=arch, default="narrow", help=f"{', '.join(resnets.ARCHS)} or wrn-D-W")
-    add("--weights", metavar="FILE", help="the classifier, instead of the newest trained one")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--bf16", action="store_true", help="networks compute in bfloat16: faster, less exact")
+    add("--weights", metavar="FILE", help="checkpoint of the classifier; default: the newest run's")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    device.add_argument("--gpu", type=at_least(int, -1), metavar="N", help="cuda:N; -1 = CPU")
+    add("--bf16", action="store_true", help="networks compute in bfloat16: faster, less precise")
     add("--seed", type=at_least(int, 0, 2**31), default=0)
-    add("--limit", type=at_least(int, 1), metavar="N", help="only the first N shuffled images")
-    add("--batchsize", "--batch_size", type=at_least(int, 1), default=batchsize)
-    return made
+    add(
+        "--limit", type=at_least(int, 1), metavar="N", help="the first N images of the seed's order"
+    )
+    add("-b", "--batch-size", "--batchsize", type=at_least(int, 1), default=batch_size)
+    add("--preset", choices=PRESETS, help="paper = the choices of Mao et al., 2021")
+    return parser
+
+
+def add_view_flags(parser: argparse.ArgumentParser, n_views: int | None = 4) -> None:
+    """Flags for the random views of the contrastive loss."""
+    if n_views:
+        parser.add_argument("--n-views", type=at_least(int, 2), default=n_views)
+    parser.add_argument(
+        "--min-crop",
+        type=at_least(float, 0.01, 1),
+        metavar="AREA",
+        help="smallest area of a crop; default 0.2 in training, then as the head was trained",
+    )
+
+
+def add_reversal_flags(parser: argparse.ArgumentParser, negatives: str) -> None:
+    """Flags for the reversal's negatives and starting point."""
+    add = parser.add_argument
+    add("--head", metavar="FILE", help="default: the newest head of this classifier")
+    add(
+        "--negatives",
+        choices=("batch", "bank"),
+        default=negatives,
+        help=f"the other images of the batch, or a fixed bank; default {negatives}",
+    )
+    add(
+        "--random-start",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="start at random within the reversal's ball, not at the image",
+    )
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    script: str,
+    presets: dict[str, dict] | None = None,
+) -> Namespace:
+    """Read the words after the script's name; flags that are given override the preset.
+
+    presets: values that this script adds to `PRESETS`.
+    The namespace also holds `command`, the command line for records.
+    """
+    args = parser.parse_args(argv)
+    if args.preset:
+        values = PRESETS[args.preset] | (presets or {}).get(args.preset, {})
+        parser.set_defaults(**{k: v for k, v in values.items() if hasattr(args, k)})
+        args = parser.parse_args(argv)
+    args.command = command_line([f"reverse_attack/{script}", *argv])
+    return args
 
 
 def arch(text: str) -> str:
+    """An argparse type: the name of a network of `resnets`."""
     try:
         with torch.device("meta"):
             resnets.build(text, 10)
@@ -49,31 +117,44 @@ def arch(text: str) -> str:
     return text
 
 
-def choose_device(name: str) -> torch.device:
-    """
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: it is auto, cpu, cuda, cuda:1 or mps")
-    device = torch.device(name)
-    there = {
-        "cpu": True,
-        "mps": torch.backends.mps.is_available(),
-        "cuda": (device.index or 0) < torch.cuda.device_count(),
-    }
-    if not there[device.type]:
-        raise UserError(f"--device {name}: PyTorch finds no such device here")
-    return device
+def norm(*others: str) -> Callable[[str], str]:
+    """An argparse type: linf, l2 or l1, also with an underscore, or one of `others`."""
+
+    def name(text: str) -> str:
+        found = text.replace("_", "")
+        if found not in (*BUDGETS, *others):
+            known = ", ".join((*BUDGETS, *others))
+            raise ArgumentTypeError(f"{text!r} is not one of {known}")
+        return found
+
+    return name
 
 
-def writable(folder: Path) -> Path:
-    """The folder, made if need be: asked for before the work whose results go there.
+def check_epsilon(epsilon: float | None, norm: str) -> None:
+    """Refuse an epsilon in another unit than ours, and warn of one that allows no change.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: epsilon exceeds the whole box of pixels, or is one of the published scripts',
+            which count every norm in 1/255.
+    """
+    if epsilon is None:
+        return
+    if norm == "linf" and epsilon > 255:
+        raise UserError(f"--epsilon {epsilon:g}: l_inf counts in 1/255, so 255 is the whole box")
+    if epsilon >= PUBLISHED_UNITS.get(norm, float("inf")):
+        raise UserError(
+            f"--epsilon {epsilon:g}: {norm} counts on images in [0, 1] here, in 1/255 in the "
+            f"paper's published scripts: their {epsilon:g} is --epsilon {epsilon / 255:.6g}"
+        )
+    if epsilon == 0:
+        print("warning: --epsilon 0 leaves every image as it is", file=sys.stderr)
+
+
+def require_writable(folder: Path) -> Path:
+    """Make the folder if it is missing; called before the work whose results go there.
+
+    Raises:
+        UserError: it is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,46 +165,28 @@ def writable(folder: Path) -> Path:
     return folder
 
 
-def provenance(args: Namespace, device: torch.device) -> dict:
-    """How a result came about; paths of this machine are left out."""
-    kept = {k: bare(v) for k, v in vars(args).items() if isinstance(v, int | float | str | None)}
-    script = Path(sys.argv[0]).name
-    words = ("=".join(map(bare, word.split("="))) for word in sys.argv[1:])
-    return {
-        "command": shlex.join(["python", f"reverse_attack/{script}", *words]),
-        "arguments": kept,
-        "commit": run_logger.commit(),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-    }
+def record(args: Namespace) -> dict:
+    """Where a result comes from, for config.json and result files; without absolute paths."""
+    plain = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | None)}
+    arguments = {k: strip_folder(v) if isinstance(v, str) else v for k, v in plain.items()}
+    return provenance(args.device, args.command) | {"arguments": arguments}
 
 
-def bare(value: object) -> object:
-    """Of an absolute path its last part; anything else as it is."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def run(command: Callable[[Namespace], None], args: Namespace, logs: Path) -> int:
+    """Run a command and return the exit code; a user's mistake is one line on standard error.
 
-
-def write_config(folder: Path, args: Namespace, device: torch.device) -> None:
-    """Beside a run's checkpoints: how it was started."""
-    content = json.dumps(provenance(args, device), indent=2)
-    write_atomically(folder / "config.json", content.encode())
-
-
-def run(command: Callable[[Namespace], None], args: Namespace) -> int:
-    """Run a command; a mistake of the user's is one line, and 1 its exit status."""
+    `args` gets `logs`, the folder of the run folders, and the `torch.device` in place of its name.
+    """
     try:
+        name = args.device if args.gpu is None else f"cuda:{args.gpu}" if args.gpu >= 0 else "cpu"
+        args.device = choose_device(name, "--device" if args.gpu is None else "--gpu")
+        configure_backend(args.device)
+        args.logs = logs
         if args.download and args.dataset == "cifar10":
             download_cifar10(args.data_root)
         torch.manual_seed(args.seed)
         command(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is too small: use a smaller --batchsize", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Stopped; what was written is whole.", file=sys.stderr)
-        return 130
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as e:
+        return exit_code(e)
     return 0

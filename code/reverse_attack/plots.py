@@ -1,4 +1,4 @@
-"""Figures with matplotlib from what figures.py measured; each function returns one figure."""
+"""Matplotlib figures from the measurements of figures.py; each function returns one figure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-VECTOR_GAIN = 8  # of attack and reversal vectors, around mid-grey
+VECTOR_GAIN = 8  # factor on attack and reversal vectors, around mid-grey
 DPI = 110
 
 
 def picture(x: Tensor) -> np.ndarray:
-    """`(N, 3, H, W)` side by side: `(H, N W, 3)`."""
+    """Images (N, 3, H, W) side by side: (H, N W, 3)."""
     return np.concatenate(list(x.clamp(0, 1).permute(0, 2, 3, 1).numpy()), axis=1)
 
 
 def strips(rows: dict[str, Tensor], title: str) -> plt.Figure:
-    """A strip of images for each name."""
+    """One strip of images per name."""
     fig, axes = plt.subplots(len(rows), 1, figsize=(7, 1.25 * len(rows)), layout="constrained")
     for axis, (name, x) in zip(axes, rows.items(), strict=True):
         axis.imshow(picture(x), interpolation="nearest")
@@ -31,6 +31,7 @@ def strips(rows: dict[str, Tensor], title: str) -> plt.Figure:
 
 
 def iterations(images: dict[str, Tensor], counts: tuple[int, ...]) -> plt.Figure:
+    """Attacked images by norm and number of iterations."""
     rows = {
         f"{norm}, {k}": x
         for norm, by_iteration in images.items()
@@ -40,6 +41,7 @@ def iterations(images: dict[str, Tensor], counts: tuple[int, ...]) -> plt.Figure
 
 
 def vectors(images: dict[str, Tensor]) -> plt.Figure:
+    """Original, attack vector, attacked, reversal vector, recovered."""
     rows = {
         f"{name} ×{VECTOR_GAIN}" if "vector" in name else name: (
             0.5 + VECTOR_GAIN * x if "vector" in name else x
@@ -50,6 +52,7 @@ def vectors(images: dict[str, Tensor]) -> plt.Figure:
 
 
 def loss_curve(curves: dict[str, list[float]], n: int) -> plt.Figure:
+    """Mean test loss against the iteration of the attack, for each norm."""
     fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, losses in curves.items():
         axis.plot(range(len(losses)), losses, marker=".", label=name)
@@ -60,29 +63,31 @@ def loss_curve(curves: dict[str, list[float]], n: int) -> plt.Figure:
 
 
 def loss_histogram(losses: dict[str, list[float]]) -> plt.Figure:
+    """Distribution of the contrastive loss, for each kind of images."""
     fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     bins = np.histogram_bin_edges(sum(losses.values(), []), 20)
     for name, values in losses.items():
         label = f"{name} (mean {np.mean(values):.2f})"
         axis.hist(values, bins, histtype="step", linewidth=1.5, label=label)
-    axis.set(xlabel="contrastive loss on views no reversal has seen", ylabel="images")
+    axis.set(xlabel="contrastive loss on held-out views", ylabel="images")
     axis.legend()
     return fig
 
 
 def heads_compared(rows: list[dict]) -> plt.Figure:
+    """Held-out loss and reversed accuracy against the batch size of the head's training."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
     similarities = dict.fromkeys(row["similarity"] for row in rows)
-    for similarity, aside in zip(similarities, (0.94, 1.06), strict=True):  # or bars would overlap
+    for similarity, shift in zip(similarities, (0.94, 1.06), strict=True):  # so bars do not overlap
         mine = [row for row in rows if row["similarity"] == similarity]
         sizes = [row["batchsize"] for row in mine]
         left.plot(sizes, [row["held_out_loss"] for row in mine], marker="o", label=similarity)
         accuracy = np.array([row["reversed"] for row in mine])
         low, high = np.array([row["interval"] for row in mine]).T
         error = accuracy - low, high - accuracy
-        right.errorbar(np.multiply(sizes, aside), accuracy, error, fmt="o", capsize=3)
+        right.errorbar(np.multiply(sizes, shift), accuracy, error, fmt="o", capsize=3)
     for axis in (left, right):
-        axis.set(xscale="log", xlabel="images in a batch of the head's training")
+        axis.set(xscale="log", xlabel="batch size of the head's training")
         axis.set_xticks(sizes, labels=[str(size) for size in sizes])
         axis.minorticks_off()
     left.legend()
@@ -92,5 +97,5 @@ def heads_compared(rows: list[dict]) -> plt.Figure:
 
 
 def pixels(fig: plt.Figure) -> np.ndarray:
-    """The drawn figure as RGB, uint8, (H, W, 3)."""
+    """The drawn figure as uint8 RGB (H, W, 3)."""
     return np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()

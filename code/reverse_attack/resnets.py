@@ -1,7 +1,7 @@
 """Pre-activation residual networks for images in [0, 1]: narrow, PreAct ResNet-18, WRN-d-k.
 
 He et al., 2016, "Identity Mappings in Deep Residual Networks" (figure 4e); Zagoruyko & Komodakis,
-2016, "Wide Residual Networks". Torch alone.
+2016, "Wide Residual Networks". Needs torch only.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NARROW = "wrn-16-1"  # 0.17 M parameters: two CPU cores make it robust in minutes
+NARROW = "wrn-16-1"  # 0.17 M parameters: robust training takes minutes on two CPU cores
 ARCHS = ("narrow", "preact18", "wrn-28-10", "wrn-34-10")
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    """A padded 3x3 convolution without bias."""
     return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
 
 
 class PreActBlock(nn.Module):
-    """x + conv(relu(bn(conv(relu(bn(x)))))); where the shape changes, the shortcut is a 1x1
-    convolution of what the first convolution sees.
+    """x + conv(relu(bn(conv(relu(bn(x)))))), with a projection shortcut where the shape changes.
 
-    The parameters of the shortcut are named as in the public robust checkpoints.
+    The projection is a 1x1 convolution of the first convolution's input. Its name is that of the
+    public robust checkpoints.
     """
 
     def __init__(self, in_planes: int, planes: int, stride: int, shortcut: str = "convShortcut"):
@@ -45,7 +46,7 @@ class PreActBlock(nn.Module):
 
 
 class Group(nn.Module):
-    """Blocks of one width; the first may halve the resolution."""
+    """A stack of blocks of one width; the first may halve the resolution."""
 
     def __init__(self, blocks: int, in_planes: int, planes: int, stride: int):
         super().__init__()
@@ -58,9 +59,10 @@ class Group(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width: `(N, 3, H, W)` -> `(N, num_classes)`; depth = 6 n + 4.
+    """WRN-depth-width: (N, 3, H, W) to logits (N, num_classes); depth = 6 n + 4.
 
-    Named like the checkpoint `cifar10_rst_adv.pt.ckpt` of Carmon et al., 2019 (depth 28, width 10).
+    Its parameters have the names of the checkpoint `cifar10_rst_adv.pt.ckpt` (depth 28, width 10)
+    of Carmon et al., 2019.
     """
 
     def __init__(self, depth: int, width: int, num_classes: int = 10):
@@ -83,7 +85,7 @@ class WideResNet(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """PreAct ResNet-18 with a stem for small images: `(N, 3, H, W)` -> `(N, num_classes)`."""
+    """PreAct ResNet-18 with a 3x3 stem: (N, 3, H, W) to logits (N, num_classes)."""
 
     def __init__(self, num_classes: int = 10):
         super().__init__()
@@ -103,7 +105,7 @@ class PreActResNet18(nn.Module):
 
 
 def init_weights(net: nn.Module) -> None:
-    """Kaiming's normal for convolutions (He et al., 2015); the last layer's bias starts at 0."""
+    """Kaiming-normal convolutions (He et al., 2015), zero biases of the linear layers."""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -112,7 +114,7 @@ def init_weights(net: nn.Module) -> None:
 
 
 def build(arch: str, num_classes: int) -> nn.Module:
-    """narrow, preact18 or wrn-<depth>-<width>.
+    """The network called narrow, preact18 or wrn-<depth>-<width>.
 
     Raises:
         ValueError: the name is none of these, or the depth is not 6 n + 4.

@@ -1,7 +1,7 @@
-"""Random views of images, each drawn by itself, differentiable with respect to the pixels.
+"""Random views of images, drawn independently, differentiable with respect to the pixels.
 
-The augmentations of SimCLR (Chen et al., 2020, appendix A): resized crop, mirror, colour jitter,
-grey. Torch alone.
+The augmentations of SimCLR (Chen et al., 2020, appendix A): resized crop, horizontal flip, colour
+jitter, greyscale. Needs torch only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of a crop: its share of the area, width by height
+MIN_CROP = 0.2  # smallest area of a crop, as a fraction of the image; SimCLR's is 0.08
+RATIO = (3 / 4, 4 / 3)  # width / height of a crop
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
 P_JITTER, P_GREY, P_FLIP = 0.8, 0.2, 0.5
 
@@ -20,28 +21,33 @@ LUMA = (0.299, 0.587, 0.114)
 YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
-def views(x: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """`n` views of each of the pixels `(N, 3, H, W)` in [0, 1]: `(N, n, 3, H, W)`."""
+def views(
+    x: Tensor, n: int, generator: torch.Generator | None = None, min_crop: float = MIN_CROP
+) -> Tensor:
+    """`n` views of each image (N, 3, H, W) in [0, 1]: (N, n, 3, H, W)."""
     flat = x.repeat_interleave(n, dim=0)
-    flat = recolour(crop(flat, generator), generator)
+    flat = jitter_colour(crop(flat, generator, min_crop), generator)
     return flat.clamp(0, 1).unflatten(0, (len(x), n))
 
 
 def uniform(n: int, low: float, high: float, like: Tensor, generator) -> Tensor:
-    """`(n,)`, drawn on the generator's device, so that a seed means the same anywhere."""
+    """(n,) uniform numbers, drawn on the generator's device: a seed means the same anywhere."""
     device = like.device if generator is None else generator.device
     return low + (high - low) * torch.rand(n, generator=generator, device=device).to(like)
 
 
-def crop(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A random part of each image, stretched to its size; half of them mirrored."""
+def crop(x: Tensor, generator: torch.Generator | None, min_crop: float = MIN_CROP) -> Tensor:
+    """A random crop of each image (N, 3, H, W), resized to H x W; half of them flipped.
+
+    min_crop: the smallest area of a crop, as a fraction of the image.
+    """
     N = len(x)
-    area = uniform(N, *SCALE, x, generator)
+    area = uniform(N, min_crop, 1.0, x, generator)
     ratio = uniform(N, math.log(RATIO[0]), math.log(RATIO[1]), x, generator).exp()
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    theta = x.new_zeros(N, 2, 3)  # from places in the view to places in the image, both in [-1, 1]
-    mirrored = uniform(N, 0, 1, x, generator) < P_FLIP
-    theta[:, 0, 0] = torch.where(mirrored, -width, width)
+    theta = x.new_zeros(N, 2, 3)  # from coordinates of the view to those of the image, in [-1, 1]
+    flipped = uniform(N, 0, 1, x, generator) < P_FLIP
+    theta[:, 0, 0] = torch.where(flipped, -width, width)
     theta[:, 1, 1] = height
     theta[:, 0, 2] = uniform(N, -1, 1, x, generator) * (1 - width)
     theta[:, 1, 2] = uniform(N, -1, 1, x, generator) * (1 - height)
@@ -49,11 +55,12 @@ def crop(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def recolour(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Brightness, contrast, saturation and hue in this order, as one matrix for each image.
+def jitter_colour(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Brightness, contrast, saturation and hue in this order, as one matrix per image.
 
-    Brightness and contrast scale the colours, saturation moves them from their grey, hue turns them
-    around the grey axis (in YIQ); only contrast adds something: it keeps the image's mean grey.
+    x: (N, 3, H, W). Brightness and contrast scale the colours, saturation interpolates between a
+    colour and its grey, hue rotates around the grey axis (in YIQ). Only contrast adds an offset:
+    it preserves the image's mean grey.
     """
     N = len(x)
     jittered = uniform(N, 0, 1, x, generator) < P_JITTER
@@ -72,7 +79,7 @@ def recolour(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def hue_rotation(turn: Tensor) -> Tensor:
-    """`(N,)` turns of the colour circle to matrices `(N, 3, 3)` on RGB."""
+    """Turns of the colour circle (N,) to matrices (N, 3, 3) on RGB."""
     to_yiq = turn.new_tensor(YIQ)
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin()
     rotation = torch.eye(3).to(turn).repeat(len(turn), 1, 1)

@@ -17,7 +17,8 @@ VIT = [
      "list(\n            [Trans", "ModuleList"),
     ("networks survive", "nn.Parameter(torch.zeros(1, side, side, embed_dim))\n",
      "torch.zeros(1, side, side, embed_dim)\n", "must be in state_dict"),
-    ("the whole image", "x = self.patch_embed(x) +", "x = x * (torch.arange(128) < 64); x = self.patch_embed(x) +",
+    ("the whole image", "x = self.patch_embed(x) +",
+     "x = x * (torch.arange(128) < 64); x = self.patch_embed(x) +",
      "50% of the image, first on the pixels from row 0, column 64"),
 ]  # fmt: skip
 

@@ -1,88 +1,43 @@
-"""White-box attacks on any `model(x) -> logits`, in l_inf, l_2 and l_1 balls. Torch alone.
+"""PGD and FGSM on any `model(x) -> logits`, and what all attacks share. Needs torch only.
 
-    attack = PGD(norm="linf", epsilon=8, steps=20, pixels=Pixels("255"), early_stop=True)
+    attack = PGD(norm="linf", epsilon=8, steps=20, pixels=InputScale("255"), early_stop=True)
     x_adv = attack.perturb(model, x, y)
     weaker = dataclasses.replace(attack, epsilon=4)
 
-Madry et al., 2018 (PGD); Croce & Hein, 2020 (APGD, DLR) and 2021 (l_1: "Mind the Box");
-Tramer & Boneh, 2019 (sparse l_1 step); Carlini & Wagner, 2017 (margin).
+Goodfellow et al., 2015 (FGSM); Madry et al., 2018 (PGD); Tramer & Boneh, 2019 (sparse l_1 step);
+Wong et al., 2020 (FGSM-RS).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepvision.attacks.losses import LOSSES, Loss, attack_succeeded
 from deepvision.attacks.norms import (
-    ORDER,
+    ORDERS,
     InputScale,
-    column,
+    per_sample,
     project,
     random_start,
     sample_like,
     steepest_step,
 )
 
-GOALS = ("untargeted", "target", "least_likely", "random")
+GOALS = ("untargeted", "target", "least_likely", "random", "towards_target")
 
-# ---------------------------------------------------------------------------------------------
-# Losses: (logits (N, K), true label y (N,), target t (N,) or None) -> (N,), to be ascended
-# ---------------------------------------------------------------------------------------------
-
-
-def cross_entropy(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
-    """Of the true label, or minus that of the target."""
-    if t is None:
-        return F.cross_entropy(logits, y, reduction="none")
-    return -F.cross_entropy(logits, t, reduction="none")
-
-
-def margin(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
-    """By how much the best other logit beats the true one, or the target the best other one.
-
-    Carlini & Wagner, 2017, section V-A, f_6 without its floor; positive means success.
-    """
-    label = (y if t is None else t).unsqueeze(1)
-    others = logits.scatter(1, label, -math.inf).amax(1)
-    gap = others - logits.gather(1, label).squeeze(1)
-    return gap if t is None else -gap
-
-
-def dlr(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
-    """Difference of logits ratio, blind to their scale (Croce & Hein, 2020, eq. 6 and 7)."""
-    if logits.shape[1] < (3 if t is None else 4):
-        raise ValueError("dlr needs at least 3 classes, with a target 4: use margin instead")
-    z = logits.topk(3 if t is None else 4, dim=1).values
-    tiny = torch.finfo(logits.dtype).tiny
-    if t is None:
-        return margin(logits, y, None) / (z[:, 0] - z[:, 2] + tiny)
-    gap = logits.gather(1, t[:, None]) - logits.gather(1, y[:, None])
-    return gap.squeeze(1) / (z[:, 0] - (z[:, 2] + z[:, 3]) / 2 + tiny)
-
-
-LOSSES = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
-
-
-def attack_succeeded(logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
-    """Which samples `(N,)` are where the attack wants them: off their label, or on the target."""
-    prediction = logits.argmax(1)
-    return prediction != y if t is None else prediction == t
-
-
-# ---------------------------------------------------------------------------------------------
-# Attacks
-# ---------------------------------------------------------------------------------------------
+Model = Callable[[Tensor], Tensor]  # inputs (N, C, ...) to logits (N, K)
 
 
 @contextmanager
-def frozen_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Gradients on, evaluation mode, constant parameters; afterwards everything as it was."""
+def frozen_eval_mode(model: Model) -> Iterator[None]:
+    """Evaluation mode, frozen parameters, gradients enabled; the previous state is restored."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     trainable = [p for module in modules[:1] for p in module.parameters() if p.requires_grad]
@@ -90,7 +45,7 @@ def frozen_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
         if modules:
             model.eval()
         for parameter in trainable:
-            parameter.requires_grad_(False)  # spares the gradients of the weights
+            parameter.requires_grad_(False)  # saves computing the gradients of the weights
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
@@ -100,37 +55,78 @@ def frozen_eval_mode(model: Callable[[Tensor], Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@torch.no_grad()
+def is_randomised(model: Model, x: Tensor) -> bool:
+    """Whether two passes of the first image of x (N, C, ...) give different logits."""
+    if len(x) == 0:
+        return False
+    with frozen_eval_mode(model), torch.no_grad():
+        a, b = model(x[:1]), model(x[:1])
+    return not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def constant(i: int, steps: int) -> float:
+    """A schedule of step sizes: 1 at every step."""
     return 1.0
 
 
 def cosine(i: int, steps: int) -> float:
-    """From 1 at the first step down towards 0 after the last."""
+    """A schedule of step sizes: from 1 at the first step down to 0 after the last."""
     return 0.5 * (1 + math.cos(math.pi * i / steps))
 
 
-def select(state: dict, which) -> dict:
-    """The per-sample tensors of some samples; None stays None."""
-    return {name: None if v is None else v[which] for name, v in state.items()}
+@dataclass
+class State:
+    """The samples that an attack works on; the first dimension of each tensor is the sample.
+
+    x: clean inputs; y: true labels (N,); t: target labels (N,) or None; delta: the perturbation, in
+    the unit of epsilon; lo, hi: its bounds. In a run, index: positions in the run's batch (N,);
+    f: the loss at delta (N,); g: its gradient with respect to delta.
+    """
+
+    x: Tensor
+    y: Tensor
+    t: Tensor | None
+    delta: Tensor
+    lo: Tensor
+    hi: Tensor
+    index: Tensor | None = None
+    f: Tensor | None = None
+    g: Tensor | None = None
+
+    def select(self, which: Tensor | slice) -> State:
+        """A state of some of the samples: `which` is a mask, indices or a slice."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v[which] for k, v in tensors.items() if v is not None})
+
+
+Network = Callable[[State], Tensor]  # the logits (N, K) at the state's delta, in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """What every attack shares: the ball, the goal, the loss, restarts and early stop.
+    """Options and restarts that all attacks share.
 
-    goal: "untargeted" (leave the label y), "target" (reach the label passed to `perturb`),
-    "least_likely" (of the clean input, fixed from then on) or "random" (any label but y).
-    loss: "ce", "margin", "dlr", or a callable with the signature of these losses.
-    random_start: of the first run; further runs (`restarts` > 1) start at random in any case, and
-    the worst run is kept for each sample: one that fooled the model, else the highest loss.
-    early_stop: samples that fool the model leave the batch at once, with what fooled it.
-    generator: makes an attack repeatable; the numbers are drawn for the samples left in the batch.
+    norm, epsilon: the ball, in the unit of `pixels`.
+    goal: "untargeted" (any label but y), "target" (the label passed to `perturb`), "least_likely"
+        (of the clean input), "random" (a label drawn from all but y), or "towards_target" (the
+        loss of the label passed to `perturb`, but any label except y is a success).
+    loss: "ce", "margin", "dlr", or a callable (see deepvision.attacks.losses).
+    random_start: of the first run; further runs (`restarts` > 1) always start at random. For each
+        sample the best run is kept: a successful one, or the one with the highest loss.
+    early_stop: a sample leaves the batch at its first success, with that perturbation; off with a
+        warning where the model is randomised, as one success there may be luck.
+    generator: makes an attack repeatable; random numbers are drawn for the samples in the batch.
+
+    Raises:
+        ValueError: an unknown norm, goal or loss, a negative number, or steps without an epsilon;
+            in `perturb` an epsilon larger than the box of valid pixels.
     """
 
     norm: str = "linf"
     epsilon: float = 0.1
     steps: int = 10
-    loss: str | Callable[[Tensor, Tensor, Tensor | None], Tensor] = "ce"
+    loss: str | Loss = "ce"
     goal: str = "untargeted"
     random_start: bool = False
     restarts: int = 1
@@ -139,136 +135,167 @@ class Attack:
     generator: torch.Generator | None = None
 
     def __post_init__(self):
-        for value, known in ((self.norm, ORDER), (self.goal, GOALS), (self.loss, LOSSES)):
-            if value not in known and not callable(value):
-                raise ValueError(f"unknown {value!r}: one of {', '.join(known)}")
+        for name, known in (("norm", ORDERS), ("goal", GOALS), ("loss", LOSSES)):
+            value = getattr(self, name)
+            if value not in known and not (name == "loss" and callable(value)):
+                raise ValueError(f"unknown {name} {value!r}: one of {', '.join(known)}")
         if self.epsilon < 0 or self.steps < 0 or self.restarts < 1:
             raise ValueError("epsilon and steps must not be negative, restarts at least 1")
+        if self.epsilon == 0 and self.steps > 0:
+            raise ValueError("an attack with epsilon = 0 changes nothing: use a positive epsilon")
 
     def perturb(
-        self,
-        model: Callable[[Tensor], Tensor],
-        x: Tensor,
-        y: Tensor | None = None,
-        target: Tensor | None = None,
+        self, model: Model, x: Tensor, y: Tensor | None = None, target: Tensor | None = None
     ) -> Tensor:
-        """Adversarial inputs for `x` `(N, C, ...)`, without a graph and of the same type.
+        """Adversarial inputs for x (N, C, ...): detached, of the same shape and dtype.
 
-        y `(N,)`: true labels, by default what the model says of `x`. target `(N,)`: for the goal
-        "target". The model, its parameters, buffers and gradients, and `x` stay as they were.
+        y (N,): true labels, by default the model's predictions. target (N,): for the goals "target"
+        and "towards_target". The model (mode, parameters, buffers, gradients) and x are left
+        unchanged.
         """
+        radius = self.pixels.box_radius(x, self.norm)
+        if self.epsilon > radius * (1 + 1e-6):
+            raise ValueError(
+                f"epsilon = {self.epsilon:g} is larger than the box of valid pixels, "
+                f"{radius:g} in {self.norm}: check its unit ({self.pixels.unit})"
+            )
+        if self.early_stop and is_randomised(model, x):
+            warnings.warn("this model is randomised: the attack does not stop early", stacklevel=2)
+            return replace(self, early_stop=False).perturb(model, x, y, target)
         with frozen_eval_mode(model):
-            # At least float32, or small steps vanish; clones, as autograd needs ordinary tensors.
+            # at least float32, or small steps vanish; a copy, as autograd needs ordinary tensors
             x0 = x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
-            scale = self.pixels.scale(x0)
+            scale, (lo, hi) = self.pixels.scale(x0), self.pixels.delta_bounds(x0)
 
-            def inputs(s: dict) -> Tensor:
-                return (s["x"] + s["delta"] / scale).to(x.dtype)
+            def inputs(x: Tensor, delta: Tensor) -> Tensor:
+                return (x + delta / scale).to(dtype)
 
-            lo, hi = self.pixels.delta_bounds(x0)
-            s = {"x": x0, "lo": lo, "hi": hi, "delta": torch.zeros_like(x0)}
-            s["y"], s["t"], todo = self._labels(model, inputs(s), y, target)
-            s["delta"] = self._worst_of_runs(lambda part: model(inputs(part)).float(), s, todo)
-            return inputs(s).detach()
+            dtype, delta = x.dtype, torch.zeros_like(x0)
+            y, t, todo = self._labels(model, inputs(x0, delta), y, target)
+            s = State(x0, y, t, delta, lo, hi)
+            delta = self._best_of_runs(lambda s: model(inputs(s.x, s.delta)).float(), s, todo)
+            return inputs(x0, delta).detach()
 
     def _labels(self, model, x, y, target) -> tuple[Tensor, Tensor | None, Tensor | slice]:
-        """True labels, target labels, and which samples there is something to do for."""
+        """True labels, target labels or None, and the samples that are to be attacked."""
         t, logits = None, None
         if y is None or self.goal in ("least_likely", "random") or self.early_stop:
             with torch.no_grad():
                 logits = model(x)
         y = logits.argmax(1) if y is None else y.detach().clone()
-        if self.goal == "target":
+        if self.goal in ("target", "towards_target"):
             if target is None:
-                raise ValueError("the goal 'target' needs target labels")
+                raise ValueError(f"the goal {self.goal!r} needs target labels")
             t = torch.as_tensor(target, device=x.device).detach().clone().expand(len(x))
         elif self.goal == "least_likely":
             t = logits.argmin(1)
         elif self.goal == "random":
             others = logits.shape[1] - 1
+            if others < 1:
+                raise ValueError("the goal 'random' needs a model with at least two classes")
             t = sample_like(torch.randint, (len(x),), y, self.generator, others)
             t = t + (t >= y)
-        todo = (
-            (~attack_succeeded(logits, y, t)).nonzero().squeeze(1)
-            if self.early_stop
-            else slice(None)
-        )
-        return y, t, todo
+        if not self.early_stop:
+            return y, t, slice(None)
+        return y, t, (~self._succeeded(logits, y, t)).nonzero().squeeze(1)
 
-    def _worst_of_runs(self, net: Callable[[dict], Tensor], s: dict, todo) -> Tensor:
-        worst = s["delta"]
-        won = torch.zeros_like(s["y"], dtype=torch.bool)
-        highest = torch.full_like(s["x"].flatten(1)[:, 0], -math.inf)
-        for run in range(self.restarts):
-            part = select(s, todo)
-            if len(part["y"]) == 0:
+    def _best_of_runs(self, net: Network, s: State, todo: Tensor | slice) -> Tensor:
+        """The best delta of all restarts for each sample; that of `s` where nothing is to do."""
+        best, f_max = s.delta, torch.full_like(s.x.flatten(1)[:, 0], -math.inf)
+        succeeded = torch.zeros_like(s.y, dtype=torch.bool)
+        for restart in range(self.restarts):
+            part = s.select(todo)
+            if len(part.y) == 0:
                 break
-            if run > 0 or self.random_start and self.steps > 0:
-                part["delta"] = random_start(
-                    part["lo"], part["hi"], self.norm, self.epsilon, self.generator
-                )
-            part["delta"] = self._run(net, part)
+            if restart > 0 or self.random_start and self.steps > 0:
+                part.delta = random_start(part.lo, part.hi, self.norm, self.epsilon, self.generator)
+            part.delta = self._run(net, replace(part))
             if self.restarts == 1:
-                worst[todo] = part["delta"]
+                best[todo] = part.delta
                 break
             with torch.no_grad():
                 logits = net(part)
-            wins = attack_succeeded(logits, part["y"], part["t"])
-            loss = self._loss(logits, part)
-            worse = torch.where(wins == won[todo], loss > highest[todo], wins)
-            worst[todo] = torch.where(column(worse, worst), part["delta"], worst[todo])
-            highest[todo] = torch.where(worse, loss, highest[todo])
-            won[todo] |= wins
+            success, f = self._succeeded(logits, part.y, part.t), self._loss(logits, part)
+            better = torch.where(success == succeeded[todo], f > f_max[todo], success)
+            best[todo] = torch.where(per_sample(better, best), part.delta, best[todo])
+            f_max[todo] = torch.where(better, f, f_max[todo])
+            succeeded[todo] |= success
             if self.early_stop:
-                todo = todo[~wins]
-        return worst
+                todo = todo[~success]
+        return best
 
-    def _run(self, net: Callable[[dict], Tensor], s: dict) -> Tensor:
-        """One run over the samples of `s` from their delta; returns the last (or best) delta."""
-        result = s["delta"].clone()
-        s["index"] = torch.arange(len(result), device=result.device)
-        for i in range(self.steps):
-            s["delta"] = s["delta"].detach().requires_grad_(True)
-            logits = net(s)
-            loss = self._loss(logits, s)
-            (g,) = torch.autograd.grad(loss.sum(), s["delta"])
-            s |= {"delta": s["delta"].detach(), "loss": loss.detach(), "g": g.nan_to_num(nan=0.0)}
-            if self.early_stop:
-                done = attack_succeeded(logits, s["y"], s["t"])
-                result[s["index"][done]] = s["delta"][done]
-                s = select(s, ~done)
-                if len(s["index"]) == 0:
-                    return result
-            s["delta"] = self._step(i, s)
-        result[s["index"]] = self._last(net, s)
-        return result
-
-    def _loss(self, logits: Tensor, s: dict) -> Tensor:
+    def _loss(self, logits: Tensor, s: State) -> Tensor:
         loss = self.loss if callable(self.loss) else LOSSES[self.loss]
-        return loss(logits, s["y"], s["t"])
+        return loss(logits, s.y, s.t)
 
-    def _step(self, i: int, s: dict) -> Tensor:
-        """The next delta, from delta, loss and gradient g in the state `s`, which may grow."""
+    def _succeeded(self, logits: Tensor, y: Tensor, t: Tensor | None) -> Tensor:
+        return attack_succeeded(logits, y, None if self.goal == "towards_target" else t)
+
+    def _run(self, net: Network, s: State) -> Tensor:
+        """One run from the delta of `s`: the last delta, or the best one."""
         raise NotImplementedError
 
-    def _last(self, net: Callable[[dict], Tensor], s: dict) -> Tensor:
-        return s["delta"]
-
-    def _ascend(self, s: dict, delta: Tensor, g: Tensor, length: float | Tensor, k=1) -> Tensor:
-        if self.norm == "l1":  # a pixel with no room left would waste its part of the step
-            g = torch.where(torch.where(g > 0, delta < s["hi"], delta > s["lo"]), g, 0)
-        return self._project(s, delta + length * steepest_step(g, self.norm, k))
-
-    def _project(self, s: dict, delta: Tensor) -> Tensor:
-        return project(delta, self.norm, self.epsilon, s["lo"], s["hi"])
+    def _project(self, s: State, delta: Tensor) -> Tensor:
+        return project(delta, self.norm, self.epsilon, s.lo, s.hi)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
-    """Projected gradient descent (Madry et al., 2018), steepest steps of a given size.
+class GradientAttack(Attack):
+    """Ascent on the loss by its gradient; a subclass gives one step of it.
 
-    step_size: in the unit of epsilon, 2.5 epsilon / steps by default, times `schedule(i, steps)`.
-    sparsity: the share of all coordinates that one l_1 step moves.
+    eot: forward and backward passes whose mean is the loss and its gradient (expectation over
+        transformation; Athalye et al., 2018), for randomised models.
+    """
+
+    eot: int = 1
+
+    def _run(self, net: Network, s: State) -> Tensor:
+        result = s.delta.clone()
+        s.index = torch.arange(len(result), device=result.device)
+        for i in range(self.steps):
+            logits = self._differentiate(net, s)
+            if self.early_stop:
+                done = self._succeeded(logits, s.y, s.t)
+                result[s.index[done]] = s.delta[done]
+                s = s.select(~done)
+                if len(s.index) == 0:
+                    return result
+            s = self._step(i, s)
+        result[s.index] = self._last(net, s)
+        return result
+
+    def _differentiate(self, net: Network, s: State) -> Tensor:
+        """Set the loss f and its gradient g at delta, means of `eot` passes; the last logits."""
+        passes = []
+        s.delta = s.delta.detach().requires_grad_(True)
+        for _ in range(self.eot):
+            logits = net(s)
+            f = self._loss(logits, s)
+            passes.append((f.detach(), *torch.autograd.grad(f.sum(), s.delta)))
+        f, g = (sum(values[1:], values[0]) / self.eot for values in zip(*passes, strict=True))
+        s.delta, s.f, s.g = s.delta.detach(), f, g.nan_to_num(nan=0.0)
+        return logits
+
+    def _step(self, i: int, s: State) -> State:
+        """The state with the next delta, from delta, loss f and gradient g."""
+        raise NotImplementedError
+
+    def _last(self, net: Network, s: State) -> Tensor:
+        """The delta to return for the samples still in `s`."""
+        return s.delta
+
+    def _ascend(self, s: State, delta: Tensor, g: Tensor, length: float | Tensor, k=1) -> Tensor:
+        if self.norm == "l1":  # a pixel at its bound would waste its part of the step
+            g = torch.where(torch.where(g > 0, delta < s.hi, delta > s.lo), g, 0)
+        return self._project(s, delta + length * steepest_step(g, self.norm, k))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(GradientAttack):
+    """Projected gradient descent (Madry et al., 2018).
+
+    step_size: in the unit of epsilon, by default 2.5 epsilon / steps; times `schedule(i, steps)`.
+    sparsity: the fraction of all coordinates that one l_1 step changes.
     """
 
     step_size: float | None = None
@@ -276,106 +303,26 @@ class PGD(Attack):
     sparsity: float = 0.01
 
     def base_step(self) -> float:
+        """The step size before the schedule, in the unit of epsilon."""
         return 2.5 * self.epsilon / self.steps if self.step_size is None else self.step_size
 
-    def _step(self, i: int, s: dict) -> Tensor:
-        k = round(self.sparsity * s["g"][0].numel())
+    def _step(self, i: int, s: State) -> State:
+        k = round(self.sparsity * s.g[0].numel())
         length = self.base_step() * self.schedule(i, self.steps)
-        return self._ascend(s, s["delta"], s["g"], length, k)
+        s.delta = self._ascend(s, s.delta, s.g, length, k)
+        return s
 
 
 @dataclass(frozen=True, kw_only=True)
 class FGSM(PGD):
-    """One step of size epsilon (Goodfellow et al., 2015); with `random_start` FGSM-RS, whose step
-    of 1.25 epsilon reaches all of the ball's surface (Wong et al., 2020)."""
+    """One step of size epsilon (Goodfellow et al., 2015).
+
+    With `random_start` it is FGSM-RS, with a step of 1.25 epsilon (Wong et al., 2020).
+    """
 
     steps: int = 1
 
     def base_step(self) -> float:
+        """The step size, in the unit of epsilon."""
         default = self.epsilon * (1.25 if self.random_start else 1.0)
         return default if self.step_size is None else self.step_size
-
-
-@dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
-    """PGD with momentum that halves its step where the loss stalls (Croce & Hein, 2020, alg. 1).
-
-    Returns the delta of highest loss (with early stop: the first that fooled). In l_1 the number
-    of moved pixels adapts too, and there is no momentum (Croce & Hein, 2021, alg. 1).
-    """
-
-    random_start: bool = True
-    early_stop: bool = True
-
-    def _step(self, i: int, s: dict) -> Tensor:
-        self._begin(s) if i == 0 else self._remember(s)
-        back = self._adapt_sparsity(i, s) if self.norm == "l1" else self._adapt_step(i, s)
-        back = column(back, s["delta"])
-        delta = torch.where(back, s["best"], s["delta"])
-        g = torch.where(back, s["best_g"], s["g"])
-        before = torch.where(back, s["best"], s["before"])  # no momentum from a jump
-        s["before"] = delta
-        after = self._ascend(s, delta, g, column(s["eta"], delta), s["k"])
-        if self.norm == "l1" or i == 0:
-            return after
-        return self._project(s, delta + 0.75 * (after - delta) + 0.25 * (delta - before))
-
-    def _begin(self, s: dict) -> None:
-        delta, loss = s["delta"], s["loss"]
-        s |= {"best": delta, "best_g": s["g"], "before": delta}
-        s |= {"highest": loss, "last": loss, "record": loss}
-        s |= {"rises": torch.zeros_like(loss), "halved": torch.zeros_like(loss, dtype=torch.bool)}
-        d = delta[0].numel()
-        s["eta"] = torch.full_like(loss, self.epsilon * (1 if self.norm == "l1" else 2))
-        s["k"] = torch.full_like(s["y"], d // 5)
-        s["moved"] = torch.full_like(s["y"], d)
-
-    def _remember(self, s: dict) -> None:
-        s["rises"] = s["rises"] + (s["loss"] > s["last"])
-        s["last"] = s["loss"]
-        better = s["loss"] > s["highest"]
-        s["highest"] = torch.where(better, s["loss"], s["highest"])
-        better = column(better, s["delta"])
-        s["best"] = torch.where(better, s["delta"], s["best"])
-        s["best_g"] = torch.where(better, s["g"], s["best_g"])
-
-    def _adapt_step(self, i: int, s: dict) -> Tensor:
-        """Halve where the loss rose too rarely since the last checkpoint, or found no new best."""
-        points = checkpoints(self.steps)
-        if i not in points[1:]:
-            return torch.zeros_like(s["halved"])
-        interval = i - points[points.index(i) - 1]
-        stuck = ~s["halved"] & (s["highest"] == s["record"])
-        halve = (s["rises"] < 0.75 * interval) | stuck
-        s["eta"] = torch.where(halve, s["eta"] / 2, s["eta"])
-        s |= {"halved": halve, "record": s["highest"], "rises": torch.zeros_like(s["rises"])}
-        return halve
-
-    def _adapt_sparsity(self, i: int, s: dict) -> Tensor:
-        """Move fewer pixels than the best delta has; while their number falls, by a full step."""
-        if i == 0 or i % max(1, round(0.04 * self.steps)):
-            return torch.zeros_like(s["halved"])
-        moved = (s["best"] != 0).flatten(1).sum(1)
-        fell = moved < 0.95 * s["moved"]
-        shorter = (s["eta"] / 1.5).clamp(min=self.epsilon / 10)
-        s["eta"] = torch.where(fell, self.epsilon, shorter)
-        s |= {"k": (moved / 1.5).long(), "moved": moved}
-        return fell
-
-    @torch.no_grad()
-    def _last(self, net: Callable[[dict], Tensor], s: dict) -> Tensor:
-        if self.steps == 0:
-            return s["delta"]
-        logits = net(s)
-        better = (self._loss(logits, s) > s["highest"]) | attack_succeeded(logits, s["y"], s["t"])
-        return torch.where(column(better, s["delta"]), s["delta"], s["best"])
-
-
-def checkpoints(steps: int) -> list[int]:
-    """The iterations at which APGD looks back, 0 first (Croce & Hein, 2020, section 3.2)."""
-    percent, gap, points = 22, 22, [0]
-    while percent < 100:
-        points.append(-(-percent * steps // 100))  # rounded up
-        gap = max(gap - 3, 6)
-        percent += gap
-    return sorted(set(points))

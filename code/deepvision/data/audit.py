@@ -1,44 +1,41 @@
-"""Read every image of a data folder once: --check-data tells, --skip-bad-images leaves out."""
+"""Read every image of a data folder once, for --check-data and --skip-bad-images."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import sys
-import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from custom_dataloader import MAX_CLASSES, MiniPlacesLoader
-from deepvision.data.loader import worker_init
+from deepvision.data.loader import validation_batches
 from deepvision.runtime.console import progress_bar
-from utils import UserError, load_image
+from utils import DamagedImageWarning, UserError, load_image
 
-SHOWN = 20  # problems told one by one
+SHOWN = 20  # problems printed one by one
 
 
 def check(root: str | Path, workers: int) -> int:
-    """Print the classes and all problems of a data folder; the exit code, 1 if there are any."""
+    """Print the classes and the problems of a data folder; the exit code is 1 for any problem."""
     sets, problems = {}, []
     for split in ("train", "val"):
         try:
             sets[split] = MiniPlacesLoader(root, None, MAX_CLASSES, split)
         except UserError as e:
             problems.append(str(e))
-    print(table_of_classes(sets))
+    print(class_table(sets))
     problems += classes_without_images(sets)
     split_of: dict[str, tuple[str, str]] = {}  # digest: (split, first image with that content)
     for split, dataset in sets.items():
         for name, problem, digest in iter_checked(dataset, workers):
-            there, twin = split_of.setdefault(digest, (split, name))
+            other, twin = split_of.setdefault(digest, (split, name))
             if problem:
                 problems.append(problem)
-            elif there != split:
-                problems.append(f"{name} of {split}.txt shows the same as {twin} of {there}.txt")
+            elif other != split:
+                problems.append(f"{name} of {split}.txt shows the same as {twin} of {other}.txt")
     for line in problems[:SHOWN]:
         print(f"problem: {line}")
     if len(problems) > SHOWN:
@@ -47,7 +44,8 @@ def check(root: str | Path, workers: int) -> int:
     return 1 if problems else 0
 
 
-def table_of_classes(sets: dict[str, MiniPlacesLoader]) -> str:
+def class_table(sets: dict[str, MiniPlacesLoader]) -> str:
+    """One line per label: the number of images in each split, the class name."""
     names = sets["train"].get_index_mapping() if "train" in sets else {}
     counts = {split: Counter(dataset.labels) for split, dataset in sets.items()}
     lines = ["class" + "".join(f"{split:>8}" for split in sets) + "  name"]
@@ -58,6 +56,7 @@ def table_of_classes(sets: dict[str, MiniPlacesLoader]) -> str:
 
 
 def classes_without_images(sets: dict[str, MiniPlacesLoader]) -> list[str]:
+    """A line per class and split that has no image, for labels up to the largest."""
     labels = {split: set(dataset.labels) for split, dataset in sets.items()}
     every = range(1 + max(set().union(*labels.values()), default=-1))
     return [
@@ -69,27 +68,20 @@ def classes_without_images(sets: dict[str, MiniPlacesLoader]) -> list[str]:
 
 
 def unreadable(datasets: list[MiniPlacesLoader], workers: int) -> list[str]:
-    """The names of all images that a run should do without."""
+    """The names of the images that --skip-bad-images leaves out: unreadable or damaged."""
     return [name for d in datasets for name, problem, _ in iter_checked(d, workers) if problem]
 
 
 def iter_checked(dataset: MiniPlacesLoader, workers: int) -> Iterator[tuple[str, str, str]]:
-    """(name, problem or '', digest of the pixels) of each image, in the order of the labels."""
-    loader = DataLoader(
-        Inspection(dataset),
-        batch_size=32,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=worker_init,
-    )
+    """(name, problem or "", digest of the pixels) of each image, in the order of the labels."""
     with progress_bar(len(dataset), dataset.split) as bar:
-        for batch in loader:
-            bar.update(len(batch))
-            yield from batch
+        for names, problems, digests in validation_batches(Inspection(dataset), workers):
+            bar.update(len(names))
+            yield from zip(names, problems, digests, strict=True)
 
 
 class Inspection(Dataset):
-    """The findings about a data set's images, in place of the images."""
+    """(name, problem or "", digest of the pixels) in place of each image of a data set."""
 
     def __init__(self, dataset: MiniPlacesLoader) -> None:
         self.dataset = dataset
@@ -99,29 +91,11 @@ class Inspection(Dataset):
 
     def __getitem__(self, index: int) -> tuple[str, str, str]:
         name = self.dataset.paths[index]
-        path = self.dataset.image_folder / name
-        try:
-            with decoders_complaints() as complaints:
-                image = load_image(path)
-        except UserError as e:
-            return name, str(e), name
-        if complaints:
-            return name, f"the image {path} is damaged: {complaints[0]}", name
-        return name, "", hashlib.blake2b(image.tobytes() + repr(image.shape).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def decoders_complaints() -> Iterator[list[str]]:
-    """Collect what libraries in C print: the JPEG decoder goes on after damage and only says so."""
-    lines: list[str] = []
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DamagedImageWarning)
+            try:
+                image = load_image(self.dataset.image_folder / name)
+            except (UserError, DamagedImageWarning) as e:
+                return name, str(e), name
+        digest = hashlib.blake2b(image.tobytes() + repr(image.shape).encode())
+        return name, "", digest.hexdigest()

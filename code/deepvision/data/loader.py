@@ -1,37 +1,48 @@
 """Batches whose every sample follows from (seed, epoch, index).
 
-A resumed run must see the pictures it would have seen. So the order of an epoch is computed, not
-drawn (`EpochBatches`), and each sample seeds the random numbers of its own augmentation
-(`Reproducible`): neither the number of workers nor the batch at which a run was cut matters.
+A resumed run must train on the samples it would have trained on. So the order of an epoch is
+computed from the seed and the epoch (`ResumableBatchSampler`), and each sample seeds the generators
+that its augmentation draws from (`SeededDataset`): neither the number of workers nor the batch at
+which a run was interrupted matters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
+import pickle
 import random
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from tqdm import tqdm
 
 from deepvision.runtime import memory
-from utils import UserError
+from deepvision.runtime.errors import DEAD_WORKER, NO_MEMORY
+from utils import DamagedImageWarning, UserError
 
 VALIDATION_BATCH = 100
 
 Key = tuple[int, int]  # (epoch, index)
+Fetched = list | tuple[Tensor, Tensor] | UserError  # samples, a whole batch, or why there is none
 WHOLE = slice(0, None, 1)
 
 
 class ResumableBatchSampler:
     """A batch sampler whose order follows from (seed, epoch); yields lists of (epoch, index).
 
-    share: the part of each batch that is yielded; several processes take one each.
+    share: the slice of each batch that this process of a distributed run takes.
     The last partial batch is dropped. Call `set_position` before each epoch; the length is always
     that of a whole epoch.
     """
@@ -41,11 +52,11 @@ class ResumableBatchSampler:
         self.set_position(0)
 
     def set_position(self, epoch: int, start_batch: int = 0) -> None:
-        """The next iteration yields the batches of `epoch` from `start_batch` on."""
+        """Make the next iteration yield the batches of `epoch` from `start_batch` on."""
         self.epoch, self.start_batch = epoch, start_batch
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """The samples of one batch, to name them in a message."""
+        """The indices of the samples of one batch, of all processes."""
         start = batch * self.batch_size
         return self._order(epoch)[start : start + self.batch_size].tolist()
 
@@ -66,11 +77,9 @@ class ResumableBatchSampler:
 class SeededDataset(Dataset):
     """`dataset` under keys (epoch, index): each sample's random numbers follow from (seed, key).
 
-    Python's, NumPy's and torch's generators are seeded before each sample, for the transforms of
-    students, too, and put back after each batch, since without workers they are the trainer's own.
-
-    A UserError is returned in the batch's place: raised in a worker, torch would wrap it in that
-    worker's traceback. `Batches` raises it.
+    The generators of Python, NumPy and torch are seeded before each sample, because students'
+    transforms draw from any of them, and restored after each batch, because without workers they
+    are the trainer's.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -79,24 +88,30 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, keys: list[Key]) -> list | tuple[Tensor, Tensor] | UserError:
-        """Samples, or a whole batch if the data set can write to memory that it is given."""
+    def __getitems__(self, keys: list[Key]) -> tuple[Fetched, list[str]]:
+        """The samples of a batch, and a line for each image that is damaged.
+
+        A UserError is returned in place of the samples: torch would wrap one that a worker raises
+        in the worker's traceback. `SeededLoader` raises it.
+        """
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         try:
-            if shape := getattr(self.dataset, "image_shape", None):
-                return self._batch(keys, shape)
-            return [self.dataset[index] for index in map(self._seed, keys)]
+            with _collected_damage() as damage:
+                return self._fetch(keys), damage
         except UserError as e:
-            return e
+            return e, []
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
             torch.set_rng_state(states[2])
 
-    def _batch(self, keys: list[Key], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        images = _room(len(keys), *shape)
-        rooms = zip(keys, images.numpy(), strict=True)
-        labels = [self.dataset.write(self._seed(key), room) for key, room in rooms]
+    def _fetch(self, keys: list[Key]) -> Fetched:
+        """Samples, or a whole batch if the data set can write to memory that it is given."""
+        if not (shape := getattr(self.dataset, "image_shape", None)):
+            return [self.dataset[index] for index in map(self._seed, keys)]
+        images = _empty_batch(len(keys), *shape)
+        outputs = zip(keys, images.numpy(), strict=True)
+        labels = [self.dataset.write(self._seed(key), output) for key, output in outputs]
         return images, torch.tensor(labels)
 
     def _seed(self, key: Key) -> int:
@@ -108,8 +123,24 @@ class SeededDataset(Dataset):
         return index
 
 
-def _room(*shape: int) -> Tensor:
-    """Memory for a batch; a worker's is shared with the trainer, as that of default_collate is."""
+@contextlib.contextmanager
+def _collected_damage() -> Iterator[list[str]]:
+    """Collect the text of `DamagedImageWarning`s; other warnings are shown at the end."""
+    damage: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DamagedImageWarning)
+        yield damage
+    for warning in caught:
+        if issubclass(warning.category, DamagedImageWarning):
+            damage.append(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+def _empty_batch(*shape: int) -> Tensor:
+    """Float32 memory for a batch; a worker's is shared with the trainer, as in default_collate."""
     if get_worker_info() is None:
         return torch.empty(shape)
     storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
@@ -117,9 +148,10 @@ def _room(*shape: int) -> Tensor:
 
 
 class SeededLoader(DataLoader):
-    """A DataLoader over `Reproducible`: raises a worker's UserError as it was.
+    """A DataLoader over `SeededDataset` that works the same under every start method.
 
-    A data set's `device_transform`, where it has one, makes the images of what the workers deliver.
+    It raises a worker's UserError unchanged, and prints each damaged image once. A data set's
+    `device_transform`, where it has one, makes the images from what the workers deliver.
     """
 
     def __init__(self, dataset: Dataset, batch_sampler, seed: int, workers: int, **options) -> None:
@@ -130,57 +162,98 @@ class SeededLoader(DataLoader):
             persistent_workers=workers > 0,
             collate_fn=_collate,
             worker_init_fn=worker_init,
-            # DataLoader draws a seed for each pass; from here, not from the trainer's numbers
+            # DataLoader draws a seed for each pass: from here, not from the trainer's generator
             generator=torch.Generator(),
             **options,
         )
         self.device_transform = getattr(dataset, "device_transform", lambda images: images)
-        self.forks = workers > 0
+        self.workers_to_start = workers
+        self.reported: set[str] = set()  # damaged images
 
-    def __iter__(self) -> Iterator:
-        if self.forks:
-            memory.release_freed_memory()
-            self.forks = False  # the workers stay
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         try:
-            for batch in super().__iter__():
+            for batch, damage in self._start_pass():
                 if isinstance(batch, UserError):
                     raise batch
+                self._report(damage)
                 yield self.device_transform(batch[0]), *batch[1:]
         except (ConnectionError, EOFError):  # a worker died while it handed over a batch
             raise UserError(DEAD_WORKER.format(NO_MEMORY)) from None
 
+    def _start_pass(self) -> Iterator:
+        """torch's iterator; the first call starts the workers, which stay."""
+        if not self.workers_to_start:
+            return super().__iter__()
+        self.workers_to_start = 0
+        memory.release_freed_memory()
+        with blocked_signals():
+            try:
+                return super().__iter__()
+            except (pickle.PicklingError, AttributeError, TypeError) as e:
+                if "pickle" not in str(e):
+                    raise
+                raise UserError(
+                    f"the transforms cannot be sent to other processes ({e}): define their "
+                    "functions and classes at the top level of a module, or use -j 0"
+                ) from None
+
+    def _report(self, damage: list[str]) -> None:
+        for line in damage:
+            if line not in self.reported:
+                self.reported.add(line)
+                tqdm.write(f"warning: {line}", file=sys.stderr)
+
+
+def _collate(fetched: tuple[Fetched, list[str]]) -> tuple:
+    samples, damage = fetched
+    return default_collate(samples) if isinstance(samples, list) else samples, damage
+
+
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Block Ctrl-C and SIGTERM while workers start: they inherit the mask with their first moment.
+
+    This process receives a signal that was sent meanwhile at the end. A fork server that starts
+    now hands the mask on to the workers that it forks.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # to start it unblocks both signals
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
 
 def worker_init(worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach every process of a group; the trainer decides what to do."""
+    """Ignore Ctrl-C and SIGTERM, except SIGTERM from the trainer; end when the trainer has ended.
+
+    A terminal or a cluster sends both to every process of a group; the batch in work must still
+    arrive. The trainer decides when to stop. torch's own workers look for their trainer's death by
+    getppid(), which is the fork server where one runs.
+    """
+    trainer = multiprocessing.parent_process()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent it
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))  # if a library unblocks it
+    threading.Thread(target=_exit_after, args=(trainer.join,), daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows; it reports the sender
+        # libraries may unblock SIGTERM: then any sender ends the worker, but a minute later
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told, daemon=True).start()
+        wait = partial(_wait_for_sigterm, trainer.pid)
+        threading.Thread(target=_exit_after, args=(wait,), daemon=True).start()
 
 
-def _end_when_told() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
+def _exit_after(wait: Callable[[], None]) -> None:
+    wait()
     os._exit(0)
 
 
-DEAD_WORKER = "a process that loads images died ({}): use fewer of them, -j 1 or -j 0"
-NO_MEMORY = "memory may have run out, or /dev/shm is full"
-
-
-def worker_death(error: RuntimeError) -> UserError | None:
-    """What to tell of an error with which torch reports a dead worker, at any point of a run."""
-    text = str(error)
-    if "DataLoader worker" in text and "Caught" not in text:
-        return UserError(DEAD_WORKER.format(NO_MEMORY))
-    if "shared memory" in text or "No space left on device" in text:
-        return UserError(DEAD_WORKER.format("/dev/shm is full"))
-    return None
-
-
-def _collate(samples: list | tuple[Tensor, Tensor] | UserError):
-    return default_collate(samples) if isinstance(samples, list) else samples
+def _wait_for_sigterm(sender: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != sender:
+        pass
 
 
 def training_batches(
@@ -191,10 +264,13 @@ def training_batches(
     pin_memory: bool = False,
     share: slice = WHOLE,
 ) -> SeededLoader:
-    """Shuffled batches (N, C, H, W), (N,); `.batch_sampler.set_position(epoch, batch)` steers them.
+    """Shuffled batches (N, C, H, W), (N,); `batch_sampler.set_position` chooses epoch and batch.
+
+    share: the slice of each batch that this process of a distributed run takes.
 
     Raises:
-        UserError: there are fewer images than one batch takes, or a batch has no equal shares.
+        UserError: there are fewer images than one batch takes, or the processes cannot share one
+            equally.
     """
     if batch_size % share.step:
         raise UserError(f"-b {batch_size} does not divide among {share.step} processes")
@@ -210,7 +286,7 @@ def training_batches(
 def validation_batches(
     dataset: Dataset, workers: int, pin_memory: bool = False, share: slice = WHOLE
 ) -> SeededLoader:
-    """All images in order, in batches of 100; transforms that draw, draw the same every time."""
+    """All images in order, in batches of 100; random transforms repeat in every pass."""
     keys = [(0, index) for index in range(len(dataset))]
     batches = [keys[i : i + VALIDATION_BATCH] for i in range(0, len(keys), VALIDATION_BATCH)]
     if len(batches[-1]) < share.step and len(batches) > 1:  # an image for each process

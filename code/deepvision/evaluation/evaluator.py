@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor, nn
 
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks import diagnostics
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import EPSILONS, PGD, InputScale, run_diagnostics
 from deepvision.config import RunConfig
 from deepvision.data.loader import fixed_subset_batch, validation_batches
-from deepvision.evaluation import pictures
+from deepvision.evaluation import pictures, sweep
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.models import student
 from deepvision.runtime import distributed
@@ -97,6 +94,8 @@ class Evaluator:
 
     def _show_saliency(self, x: Tensor, y: Tensor, step: int) -> None:
         self.logger.add_image("Image/Image", student.image_grid(x), step)
+        if (attention := student.attention_grid(self.model, x.clone())) is not None:
+            self.logger.add_image("Image/Image_Atten", attention, step)
         x, y = x[:CAPTIONED].clone(), y[:CAPTIONED].tolist()  # inference tensors have no gradient
         maps, logits = saliency(self.model, x)
         predictions = pictures.format_predictions(logits, self.class_names)
@@ -135,7 +134,7 @@ class Evaluator:
                 self.timer,
                 after_batch,
             )
-        description = diagnostics.describe(attack) if attack else epsilon_of(default)
+        description = sweep.describe(attack) if attack else epsilon_of(default)
         title = f"Attacked images, {description}:" if description else "Attacked images:"
         self._conclude(
             self._diagnose(attack) if attack else {},
@@ -168,20 +167,20 @@ class Evaluator:
         x, y = self.context.to_device(*fixed_subset_batch(self.val_set, PROBED))
         print(f"Diagnostics of the attack ({len(y)} images; accuracies in per cent):")
         rows = []
-        for diagnostic in diagnostics.run_diagnostics(self.model, x, y, attack):
+        for diagnostic in run_diagnostics(self.model, x, y, attack):
             print(diagnostic.line(), flush=True)
-            rows.append(asdict(diagnostic))
-        found = {"attack": diagnostics.describe(attack), "probed": len(y), "lights": rows}
+            rows.append(diagnostic.record())
+        found = {"attack": sweep.describe(attack), "probed": len(y), "lights": rows}
         return found | ({"sweep": self._sweep(x, y, attack)} if self.config.sweep else {})
 
     def _sweep(self, x: Tensor, y: Tensor, attack: PGD) -> list[dict]:
         points = []
-        for epsilon, steps, accuracy in diagnostics.sweep(self.model, x, y, attack):
+        for epsilon, steps, accuracy in sweep.sweep(self.model, x, y, attack):
             points.append((epsilon, steps, accuracy))
-            for curve in [steps] if steps else diagnostics.STEPS:  # all start at the clean accuracy
+            for curve in [steps] if steps else sweep.STEPS:  # all start at the clean accuracy
                 tag, name = "robustness/top1_accuracy", f"{curve}_steps"
                 self.logger.add_curve_point(tag, name, accuracy, epsilon)
-        text = diagnostics.table(attack.norm, points, len(y))
+        text = sweep.format_table(attack.norm, points, len(y))
         print(text)
         self.logger.add_text("robustness/sweep", text)
         write_atomically(self.logger.run_dir / "sweep.md", f"{text}\n".encode())
@@ -210,7 +209,7 @@ def attack_from_config(config: RunConfig) -> PGD | None:
     if not (given or config.attack_norm or config.attack_eps is not None or config.sweep):
         return None
     norm = config.attack_norm or "linf"
-    epsilon = diagnostics.EPSILONS[norm] if config.attack_eps is None else config.attack_eps
+    epsilon = EPSILONS[norm] if config.attack_eps is None else config.attack_eps
     scale = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
     return PGD(norm=norm, epsilon=epsilon, pixels=scale, **given)
 

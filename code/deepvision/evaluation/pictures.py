@@ -1,4 +1,4 @@
-"""Pictures with captions: what the network saw, what it answered, what an attack changed."""
+"""Pictures with captions: images, predictions, what an attack changed, saliency maps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 
-TILE = 256  # pixels that an image is shown at
-LINE = 22  # pixels of one line of a caption
+TILE = 256  # side of an image in a captioned tile, in pixels
+FONT, SCALE, LINE = cv2.FONT_HERSHEY_SIMPLEX, 0.75, 30  # LINE: pixels per line of a caption
 RED = np.array([255, 0, 0], np.float32)
+MAX_WEIGHT = 0.65  # of the red over an image: the picture stays visible below it
 
 
 def pixels(x: Tensor) -> np.ndarray:
@@ -23,18 +24,29 @@ def pixels(x: Tensor) -> np.ndarray:
     return values.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def normalised(images: np.ndarray) -> Tensor:
+    """uint8 images (N, H, W, 3) as normalised float32 (N, 3, H, W): the inverse of `pixels`."""
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((x - mean) / std).contiguous()
+
+
 def difference(x: Tensor, x_adv: Tensor, factor: float) -> Tensor:
     """x_adv - x, amplified around mid-grey, as a normalised batch (N, 3, H, W)."""
     mean, std = (x.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    shown = 0.5 + factor * (x_adv - x) * std  # in pixels of [0, 1]
+    shown = 0.5 + factor * (x_adv - x) * std  # pixels in [0, 1]
     return (shown.clamp(0, 1) - mean) / std
 
 
 def overlay(images: np.ndarray, maps: Tensor) -> np.ndarray:
-    """Images (N, H, W, 3), greyed, with maps (N, H, W) in [0, 1] over them in red."""
-    weight = maps.cpu().numpy()[..., None] ** 0.5  # most of a gradient is far below its peak
-    grey = images.mean(3, keepdims=True) / 2 + 64.0
-    return ((1 - weight) * grey + weight * RED).astype(np.uint8)
+    """Greyscale copies of images (N, H, W, 3) with maps (N, H, W) in [0, 1] over them in red.
+
+    The weight of the red is MAX_WEIGHT · sqrt(map), because most of a gradient is far below its
+    peak; so at least a third of each pixel is the picture.
+    """
+    weight = MAX_WEIGHT * maps.cpu().numpy()[..., None] ** 0.5
+    grey = images.mean(3, keepdims=True)
+    return ((1 - weight) * grey + weight * RED).round().astype(np.uint8)
 
 
 def format_predictions(logits: Tensor, categories: Sequence[str]) -> list[str]:
@@ -47,26 +59,45 @@ def format_predictions(logits: Tensor, categories: Sequence[str]) -> list[str]:
 
 
 def tile(image: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """An image (H, W, 3), enlarged, above a caption of one or more lines: (H', W', 3)."""
+    """An image (H, W, 3), enlarged, above its caption (H', W', 3); long lines are wrapped."""
     shown = cv2.resize(image, (TILE, TILE), interpolation=cv2.INTER_NEAREST)
-    band = np.zeros((LINE * len(lines) + 8, TILE, 3), np.uint8)
-    for i, line in enumerate(lines, start=1):
-        text = line.encode("ascii", "replace").decode()  # all that OpenCV's letters can draw
-        scale = min(0.5, 0.5 * (TILE - 8) / max(1, _width(text)))
-        place = (4, LINE * i - 4)
-        cv2.putText(
-            band, text, place, cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA
-        )
+    # OpenCV's letters are ASCII
+    wrapped = [part for line in lines for part in wrap(line.encode("ascii", "replace").decode())]
+    band = np.zeros((LINE * len(wrapped) + 8, TILE, 3), np.uint8)
+    for i, text in enumerate(wrapped, start=1):
+        scale = SCALE * min(1, (TILE - 8) / max(1, _width(text)))
+        place = (4, LINE * i - 6)
+        cv2.putText(band, text, place, FONT, scale, (255, 255, 255), 1, cv2.LINE_AA)
     return np.concatenate([shown, band])
 
 
+def wrap(text: str) -> list[str]:
+    """The text in lines that fit below a tile; a word that is too long stays alone on its line."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _width(longer) > TILE - 8:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def _width(text: str) -> int:
-    return cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0]
+    return cv2.getTextSize(text, FONT, SCALE, 1)[0][0]
 
 
 def grid(tiles: Sequence[np.ndarray], columns: int) -> Tensor:
-    """Tiles of one size side by side, row by row, as a picture (3, H, W) in [0, 1]."""
-    blank = np.zeros_like(tiles[0])
-    tiles = [*tiles, *[blank] * (-len(tiles) % columns)]
-    rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
+    """Tiles (H, W, 3) of one width in rows of `columns`, as a picture (3, H', W') in [0, 1].
+
+    The captions of a row may differ in length: black fills the space below the shorter ones.
+    """
+    rows = []
+    for i in range(0, len(tiles), columns):
+        row = [*tiles[i : i + columns]]
+        row += [np.zeros_like(row[0])] * (columns - len(row))
+        height = max(len(t) for t in row)
+        rows.append(
+            np.concatenate([np.pad(t, ((0, height - len(t)), (0, 0), (0, 0))) for t in row], 1)
+        )
     return torch.from_numpy(np.concatenate(rows)).permute(2, 0, 1).float() / 255

@@ -64,7 +64,7 @@ NETWORK_NAMES = {
 def create_model(kind: str, num_classes: int, pretrained: bool = False) -> nn.Module:
     """Create a network; `pretrained` applies to resnet18 only."""
     options = {"pretrained": True} if pretrained and kind == "resnet18" else {}
-    return MODEL_REGISTRY[kind](num_classes=num_classes, **options)
+    return MODEL_REGISTRY[kind](num_classes, **options)
 
 
 def infer_arch(state_dict: dict[str, Tensor], num_classes: int) -> str:

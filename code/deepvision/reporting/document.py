@@ -1,47 +1,70 @@
-"""Headings, paragraphs, tables and figures, written as one HTML page, as Markdown and as a PDF."""
+"""A document of headings, paragraphs, tables and figures, as one HTML page, Markdown and PDF.
+
+A block with media "html" is on the page alone, one with media "paper" in Markdown and PDF alone.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import cv2
 import jinja2
 import matplotlib
+import numpy as np
 from fpdf import FPDF
 from fpdf.fonts import FontFace
+from PIL import Image
 
-TEMPLATE = Path(__file__).parent / "page.html"
-FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the figures' own typeface
+FOLDER = Path(__file__).parent
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # the typeface of the figures
 INK, GREY, RULE, BAND = (32, 33, 36), (95, 99, 104), (218, 220, 224), (246, 247, 249)
+WARNING = (255, 244, 214)
+UNFILTERED = (  # smaller files for noise, from OpenCV 4.12 on
+    [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
+    if hasattr(cv2, "IMWRITE_PNG_FILTER_NONE")
+    else []
+)
+MIN_SHRINK = 0.6  # a figure is drawn down to this share of its size to fit the rest of a page
 
 
 @dataclass
 class Text:
-    """A paragraph; a note is set smaller and grey."""
+    """A paragraph; style: "note" (small and grey), "warning" or "missing" (a box), "markdown"."""
 
     text: str
-    note: bool = False
+    style: str = ""
+    media: str = "all"
 
 
 @dataclass
 class Table:
-    """The first column holds names, the others figures, which stand flush right."""
+    """The first column holds names; the others are aligned right, or left where `words`."""
 
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
+    words: bool = False
+    media: str = "all"
 
 
 @dataclass
 class Figure:
-    """A PNG; `width` is its share of the text's width."""
+    """A PNG; `width` is its share of the text's width.
+
+    hover: what the page shows under the pointer, see `figures.curve_hover`, `figures.cell_hover`.
+    """
 
     file: Path
     caption: str
     width: float
+    hover: dict | None = None
+    media: str = "all"
 
     @property
     def data(self) -> str:
@@ -49,9 +72,34 @@ class Figure:
 
 
 @dataclass
+class Pictures:
+    """Rows of (title, uint8 images (H, W, 3), captions): on the page, where captions wrap."""
+
+    rows: list[tuple[str, list[np.ndarray], list[str]]]
+    caption: str
+    media: str = "html"
+
+
+@dataclass
+class Explorer:
+    """The data of the explorer of attacks, see `explorer.py`."""
+
+    data: dict
+    caption: str
+    media: str = "html"
+
+
+Block = Text | Table | Figure | Pictures | Explorer
+
+
+@dataclass
 class Section:
     title: str
-    blocks: list[Text | Table | Figure] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+
+    def on(self, media: str) -> Iterator[Block]:
+        """The blocks for "html" or "paper"."""
+        return (block for block in self.blocks if block.media in ("all", media))
 
 
 @dataclass
@@ -62,15 +110,19 @@ class Document:
 
     def html(self) -> str:
         """One page that needs no other file."""
-        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-        return template.render(document=self, kind=lambda block: type(block).__name__)
+        loader = jinja2.FileSystemLoader(FOLDER)
+        environment = jinja2.Environment(
+            loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters |= {"script": script_json, "webp": webp_data}
+        template = environment.get_template("page.html")
+        return template.render(document=self, kind=lambda block: type(block).__name__, read=read)
 
     def markdown(self) -> str:
-        """Beside the figures' files, for a repository, or to be written on in."""
+        """For a repository; refers to the files of the figures."""
         parts = [f"# {plain(self.title)}", plain(self.subtitle)]
         for section in self.sections:
-            parts += [f"## {plain(section.title)}", *map(markdown_of, section.blocks)]
+            parts += [f"## {plain(section.title)}", *map(markdown_of, section.on("paper"))]
         return "\n\n".join(parts) + "\n"
 
     def pdf(self) -> bytes:
@@ -78,10 +130,36 @@ class Document:
         pages = Pages()
         pages.masthead(self.title, self.subtitle)
         for section in self.sections:
-            pages.heading(section.title, section.blocks[0])
-            for block in section.blocks:
+            blocks = list(section.on("paper"))
+            pages.heading(section.title, blocks[0] if blocks else None)
+            for block in blocks:
                 pages.add(block)
         return bytes(pages.output())
+
+
+def read(name: str) -> str:
+    """A file that stands next to this module."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def script_json(value: object) -> str:
+    """JSON that can stand inside a <script> element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def png_data(image: np.ndarray) -> str:
+    """A uint8 image (H, W, 3) as the address of a PNG inside the page, without loss."""
+    return data_address("png", image, [cv2.IMWRITE_PNG_COMPRESSION, 9, *UNFILTERED])
+
+
+def webp_data(image: np.ndarray) -> str:
+    """A uint8 image (H, W, 3) as the address of a small WebP inside the page, with some loss."""
+    return data_address("webp", image, [cv2.IMWRITE_WEBP_QUALITY, 90])
+
+
+def data_address(kind: str, image: np.ndarray, options: list[int]) -> str:
+    data = cv2.imencode(f".{kind}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
+    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
 
 
 def plain(text: str) -> str:
@@ -91,17 +169,17 @@ def plain(text: str) -> str:
 
 def markdown_of(block: Text | Table | Figure) -> str:
     if isinstance(block, Text):
-        return plain(block.text)
+        return "> **Warning.** " * (block.style == "warning") + plain(block.text)
     if isinstance(block, Figure):
         return f"![{plain(block.caption)}]({quote(block.file.name)})\n\n{plain(block.caption)}"
-    rule = ["---", *["---:"] * (len(block.head) - 1)]
+    rule = ["---", *["---" if block.words else "---:"] * (len(block.head) - 1)]
     rows = [rule if row is rule else map(plain, row) for row in (block.head, rule, *block.rows)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + (f"\n\n{plain(block.caption)}" if block.caption else "")
 
 
 class Pages(FPDF):
-    """fpdf2's pages with this report's typography; lengths in mm, type sizes in points."""
+    """fpdf2's pages in the typography of the report; lengths in mm, type sizes in points."""
 
     LINE = 5.2
 
@@ -112,30 +190,35 @@ class Pages(FPDF):
         self.set_margins(20, 18)
         self.set_auto_page_break(True, 20)
         self.set_draw_color(*RULE)
+        self.set_fill_color(*WARNING)
         self.add_page()
 
     def footer(self) -> None:
         self.set_y(-14)
-        self.style(8, GREY)
+        self.type(8, GREY)
         self.cell(0, 5, f"{self.page_no()}", align="C")
 
-    def style(self, size: float, color: tuple[int, int, int] = INK, bold: bool = False) -> None:
+    def type(self, size: float, color: tuple[int, int, int] = INK, bold: bool = False) -> None:
         self.set_font("Sans", "B" if bold else "", size)
         self.set_text_color(*color)
 
-    def masthead(self, title: str, subtitle: str) -> None:
-        self.style(20, bold=True)
-        self.multi_cell(0, 9, title, align="L", new_x="LMARGIN", new_y="NEXT")
-        self.ln(1)
-        self.style(9, GREY)
-        self.multi_cell(0, 4.6, subtitle, align="L", new_x="LMARGIN", new_y="NEXT")
+    def lines(self, height: float, text: str, **options: bool) -> None:
+        self.multi_cell(0, height, text, align="L", new_x="LMARGIN", new_y="NEXT", **options)
 
-    def heading(self, title: str, first: Text | Table | Figure) -> None:
-        """Never at the foot of a page: what follows keeps it company."""
-        self.keep_together(16 + (self.height_of(first) if isinstance(first, Figure) else 30))
+    def masthead(self, title: str, subtitle: str) -> None:
+        self.type(20, bold=True)
+        self.lines(9, title)
+        self.ln(1)
+        self.type(9, GREY)
+        self.lines(4.6, subtitle)
+
+    def heading(self, title: str, first: Block | None) -> None:
+        """Never at the foot of a page: it stays with what follows."""
+        follows = MIN_SHRINK * self.height_of(first) + 10 if isinstance(first, Figure) else 30
+        self.keep_together(16 + follows)
         self.ln(7)
-        self.style(13, bold=True)
-        self.multi_cell(0, 7, title, align="L", new_x="LMARGIN", new_y="NEXT")
+        self.type(13, bold=True)
+        self.lines(7, title)
         self.ln(1.5)
 
     def keep_together(self, height: float) -> None:
@@ -146,20 +229,21 @@ class Pages(FPDF):
         {Text: self.text_block, Table: self.table_block, Figure: self.figure}[type(block)](block)
 
     def text_block(self, block: Text) -> None:
-        self.style(*((8, GREY) if block.note else (9.5, INK)))
-        height = 4.3 if block.note else self.LINE
-        self.multi_cell(0, height, block.text, align="L", new_x="LMARGIN", new_y="NEXT")
+        note, boxed = block.style == "note", block.style in ("warning", "missing")
+        self.type(*((8, GREY) if note else (9.5, INK)))
+        markdown = block.style == "markdown"
+        self.lines(4.3 if note else self.LINE, block.text, fill=boxed, markdown=markdown)
         self.ln(2)
 
     def table_block(self, block: Table) -> None:
-        self.keep_together(6.3 * (len(block.rows) + 2))
-        self.style(8)
+        self.keep_together(min(6.3 * (len(block.rows) + 2), 120))
+        self.type(8)
         columns = len(block.head)
         first = max(0.26, 1 / columns)
         widths = (first, *[(1 - first) / max(columns - 1, 1)] * (columns - 1))
         with self.table(
             col_widths=widths,
-            text_align=("LEFT", *["RIGHT"] * (columns - 1)),
+            text_align=("LEFT", *["LEFT" if block.words else "RIGHT"] * (columns - 1)),
             headings_style=FontFace(emphasis="BOLD", color=INK, fill_color=BAND),
             borders_layout="HORIZONTAL_LINES",
             line_height=4.6,
@@ -173,22 +257,28 @@ class Pages(FPDF):
 
     def height_of(self, figure: Figure) -> float:
         width, height = picture_size(figure.file)
-        return figure.width * self.epw * height / width
+        return min(figure.width * self.epw * height / width, self.eph - 25)
 
     def figure(self, figure: Figure) -> None:
-        self.keep_together(self.height_of(figure) + 10)
-        width = figure.width * self.epw
-        self.image(figure.file, x=self.l_margin + (self.epw - width) / 2, w=width)
+        """Shrunk a little where this saves a page break, which would leave the page half empty."""
+        width, height = picture_size(figure.file)
+        room = self.eph + self.t_margin - self.y - 12
+        if room < MIN_SHRINK * self.height_of(figure):
+            self.add_page()
+            room = self.eph - 12
+        drawn = min(self.height_of(figure), room)
+        side = drawn * width / height
+        self.image(figure.file, x=self.l_margin + (self.epw - side) / 2, w=side, h=drawn)
         self.caption(figure.caption)
         self.ln(3)
 
     def caption(self, text: str) -> None:
         self.ln(1)
-        self.style(8, GREY)
-        self.multi_cell(0, 4.3, text, align="L", new_x="LMARGIN", new_y="NEXT")
+        self.type(8, GREY)
+        self.lines(4.3, text)
 
 
 def picture_size(file: Path) -> tuple[int, int]:
-    """Width and height of a PNG, from its first part (RFC 2083, section 11.2.1)."""
-    header = file.read_bytes()[16:24]
-    return int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+    """Width and height of an image file in pixels."""
+    with Image.open(file) as image:
+        return image.size

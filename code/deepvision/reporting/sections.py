@@ -1,53 +1,58 @@
-"""The sections of a report: each function makes one from runs, or from what networks answered."""
+"""The sections of a report: each function makes one, from runs or from their networks."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-import torch
 from matplotlib.figure import Figure as Drawing
 from torch import Tensor, nn
 
-import student_code
-from deepvision import checkpoint
 from deepvision.evaluation import pictures
 from deepvision.evaluation.saliency import grad_cam, saliency
-from deepvision.reporting import figures
-from deepvision.reporting.analysis import Predictions, Validation, count_flops, count_parameters
-from deepvision.reporting.document import Figure, Section, Table, Text
+from deepvision.reporting import explorer, figures
+from deepvision.reporting.analysis import (
+    Predictions,
+    RunAnalysis,
+    count_flops,
+    count_parameters,
+)
+from deepvision.reporting.document import Explorer, Figure, Pictures, Section, Table, Text
 from deepvision.reporting.records import Run
-from deepvision.runtime.run_logger import HYPERPARAMETERS
-from utils import UserError, relpath
+from deepvision.runtime.atomic import write_atomically
+from deepvision.runtime.jsonl import read_json
+from utils import UserError
 
-NOT_TOLD = "–"
+UNKNOWN = "–"
 CONFUSED_PAIRS, EXAMPLES = 3, 5
-SHOWN, FACTOR = 5, 10  # images, and how much their change is amplified
+SHOWN, FACTOR = 5, 10  # images, and the amplification of their change
+SETTINGS = ("epochs", "batch_size", "lr", "warmup", "wd", "momentum", "clip_grad", "amp", "seed")
+BENCHMARK = "conv_benchmark.json"  # of benchmarks/conv.py
 
 
 @dataclass
 class FigureWriter:
-    """The folder that figures are saved to."""
+    """Saves figures to a folder."""
 
     folder: Path
 
-    def add(self, name: str, drawing: Drawing, caption: str) -> Figure:
-        file = self.folder / f"{name.replace(' ', '_')}.png"
-        checkpoint.write_atomically(file, figures.png(drawing))
-        return Figure(file, caption, drawing.get_figwidth() / figures.WIDTH)
+    def add(self, name: str, drawing: Drawing, caption: str, **options: object) -> Figure:
+        """Write <name>.png; `options` are fields of the Figure."""
+        file = self.folder / f"{name}.png"
+        write_atomically(file, figures.png(drawing))
+        return Figure(file, caption, drawing.get_figwidth() / figures.WIDTH, **options)
+
+    def add_pictures(self, name: str, rows: list, caption: str) -> list[Pictures | Figure]:
+        """Rows of pictures: elements on the page, one PNG on paper."""
+        figure = self.add(name, figures.picture_rows(rows), caption, media="paper")
+        figure.width = min(figure.width, 1)
+        return [Pictures([tuple(map(list_of, row)) for row in rows], caption), figure]
 
 
-@dataclass
-class RunAnalysis:
-    """A run, the validation images of its data folder, and its network's answers to them."""
-
-    run: Run
-    validation: Validation
-    answers: Predictions
+def list_of(part: object) -> object:
+    return part if isinstance(part, str) else list(part)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -56,15 +61,15 @@ class RunAnalysis:
 
 
 def percent(value: float | None) -> str:
-    return NOT_TOLD if value is None or value != value else f"{value:.2f} %"
+    return UNKNOWN if value is None or value != value else f"{value:.2f} %"
 
 
 def number(value: float | None, unit: str = "", digits: int = 0, scale: float = 1.0) -> str:
-    return NOT_TOLD if value is None else f"{value / scale:,.{digits}f}{unit}"
+    return UNKNOWN if value is None else f"{value / scale:,.{digits}f}{unit}"
 
 
-def as_told(value: object) -> str:
-    return NOT_TOLD if value is None else str(value)
+def known(value: object) -> str:
+    return UNKNOWN if value is None else str(value)
 
 
 def of_network(run: Run, count: Callable[[nn.Module], int]) -> int | None:
@@ -74,102 +79,191 @@ def of_network(run: Run, count: Callable[[nn.Module], int]) -> int | None:
         return None
 
 
-SUMMARY: dict[str, Callable[[Run], str]] = {
+def adversarial_training(run: Run) -> str:
+    if run.config and not run.adversarial_mode:
+        return "no"
+    if not run.adversarial_mode:
+        return UNKNOWN
+    epsilon = run.setting("at_eps")
+    return run.adversarial_mode + ("" if epsilon is None else f", ε = {epsilon:g}/255")
+
+
+def versions(run: Run) -> str:
+    found = {name: run.config.get(name) for name in ("python", "torch")}
+    return ", ".join(f"{name} {v}" for name, v in found.items() if v) or UNKNOWN
+
+
+ORIGIN: dict[str, Callable[[Run], str]] = {
+    "network": lambda run: known(run.network_name),
+    "adversarial training": adversarial_training,
+    "data folder": lambda run: known(run.data.get("folder")),
+    "classes": lambda run: known(run.data.get("classes")),
+    "training images": lambda run: number(run.data.get("train")),
+    "validation images": lambda run: number(run.data.get("val")),
+    "data fingerprint": lambda run: known(run.data.get("fingerprint")),
+    "command": lambda run: known(run.config.get("command")),
+    "commit": lambda run: known(run.config.get("commit")),
+    "device": lambda run: known(run.config.get("device")),
+    "versions": versions,
+    "run folder": lambda run: run.folder.name,
+}
+RESULTS: dict[str, Callable[[Run], str]] = {
     "best top-1": lambda run: percent(run.at(run.best_epoch, "top1_accuracy")),
-    "… with top-5": lambda run: percent(run.at(run.best_epoch, "top5_accuracy")),
-    "… after epoch": lambda run: str(run.best_epoch),
+    "… its top-5": lambda run: percent(run.at(run.best_epoch, "top5_accuracy")),
+    "… its epoch": lambda run: str(run.best_epoch),
     "final top-1": lambda run: percent(run.at(run.last_epoch, "top1_accuracy")),
     "final top-5": lambda run: percent(run.at(run.last_epoch, "top5_accuracy")),
-    "top-1, mirror-averaged": lambda run: percent(run.found("mirrored_top1")),
-    "top-1 under default attack": lambda run: percent(run.found("attacked_top1")),
+    "top-1, averaged with the mirror image": lambda run: percent(run.evaluation("mirrored_top1")),
+    "top-1 under the default attack": lambda run: percent(run.evaluation("attacked_top1")),
     "epochs": lambda run: str(run.last_epoch),
     "wall time, h:mm:ss": lambda run: str(timedelta(seconds=round(run.seconds))),
-    "images/s in training": lambda run: number(run.mean("images_per_second"), digits=1),
+    "training images per second": lambda run: number(run.mean("images_per_second"), digits=1),
     "peak memory": lambda run: number(run.largest("peak_memory_bytes"), " MB", scale=1e6),
     "parameters": lambda run: number(of_network(run, count_parameters)),
-    "MFLOPs an image": lambda run: number(of_network(run, count_flops), digits=1, scale=1e6),
+    "MFLOPs per image": lambda run: number(of_network(run, count_flops), digits=1, scale=1e6),
 }
-SETTINGS = (*HYPERPARAMETERS, "momentum", "clip_grad", "amp", "at", "seed")
-ORIGIN = ("device", "torch", "commit")
+
+
+def table_of(runs: Sequence[Run], rows: dict[str, Callable[[Run], str]], **options) -> Table:
+    body = [[name, *map(cell, runs)] for name, cell in rows.items()]
+    return Table(["", *(run.label for run in runs)], body, **options)
+
+
+def provenance(runs: Sequence[Run]) -> Section:
+    """Which network, data and command each run has; a warning where the data differ."""
+    warning = [Text(text, "warning") for text in [data_warning(runs)] if text]
+    note = "A dash: the run folder does not record it."
+    return Section("Runs", [*warning, table_of(runs, ORIGIN, caption=note, words=True)])
+
+
+def data_warning(runs: Sequence[Run]) -> str:
+    """A warning where runs were trained on different data, as far as recorded; else ''."""
+    for key in ("fingerprint", "classes", "folder"):
+        found = {run.label: run.data[key] for run in runs if run.data.get(key) is not None}
+        if len(set(found.values())) > 1:
+            what = "; ".join(f"{label}: {describe_data(run.data)}" for label, run in by_label(runs))
+            return f"These runs have different data, so their accuracies do not compare. {what}."
+    return ""
+
+
+def by_label(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    return [(run.label, run) for run in runs]
+
+
+def describe_data(data: dict) -> str:
+    classes, train = data.get("classes"), data.get("train")
+    parts = [
+        known(data.get("folder")),
+        *([f"{classes} classes"] if classes else []),
+        *([f"{train:,} training images"] if isinstance(train, int) else []),
+    ]
+    return ", ".join(parts)
 
 
 def summary(runs: Sequence[Run]) -> Section:
-    head = ["", *(run.label for run in runs)]
-    rows = [[name, *map(cell, runs)] for name, cell in SUMMARY.items()]
     note = (
-        "Accuracies on the validation set; a dash where the folder does not tell. Wall time: what "
-        "the run's processes worked, validation included. FLOPs: of the forward pass of one "
-        "128 × 128 image, a multiply-add counted as two."
+        "Accuracies on the validation set. Wall time: of the training processes, validation "
+        "included. FLOPs: forward pass of one 128 × 128 image; a multiply-add counts as two."
     )
-    return Section("Summary", [Table(head, rows, note), *settings(runs)])
+    return Section("Results", [table_of(runs, RESULTS, caption=note), *settings(runs)])
 
 
 def settings(runs: Sequence[Run]) -> list[Table]:
-    """How the runs were started, as far as they recorded it."""
-    told = [run for run in runs if run.config]
-    if not told:
+    """The flags of the runs that recorded them."""
+    recorded = [run for run in runs if run.config]
+    if not recorded:
         return []
-    rows = [[name, *map(as_told, (run.argument(name) for run in told))] for name in SETTINGS]
-    rows += [[name, *map(as_told, (run.config.get(name) for run in told))] for name in ORIGIN]
-    return [Table(["settings", *(run.label for run in told)], rows)]
+    rows = [[name, *(known(run.setting(name)) for run in recorded)] for name in SETTINGS]
+    return [Table(["setting", *(run.label for run in recorded)], rows)]
 
 
-def curves(runs: Sequence[Run], album: FigureWriter) -> Section:
+def curves(runs: Sequence[Run], writer: FigureWriter) -> Section:
+    """All curves in one figure on paper; one figure per panel, with hover values, on the page."""
     caption = (
         "Loss of single mini-batches (faint) and its moving average; accuracies after each epoch, "
         "on augmented training images and on the validation set."
     )
-    drawing = figures.learning_curves(runs)
-    return Section("Learning curves", [album.add("curves", drawing, caption)])
+    blocks = [writer.add("curves", figures.learning_curves(runs), caption, media="paper")]
+    for panel in figures.PANELS:
+        drawing = figures.curve_panel(runs, panel)
+        accuracy = panel in ("top1", "top5")
+        x_name, unit = ("epoch", " %") if accuracy else ("iteration", "")
+        hover = figures.curve_hover(drawing, figures.panel_series(runs, panel), x_name, unit)
+        title = drawing.axes[0].get_title(loc="left")
+        blocks.append(writer.add(f"curves_{panel}", drawing, title, hover=hover, media="html"))
+    return Section("Learning curves", [*blocks, Text(caption, "note", media="html")])
 
 
-def robustness(run: Run, album: FigureWriter) -> Section | None:
-    """What -a found with attacks given by flags; None where it was not asked."""
+def robustness(run: Run, writer: FigureWriter) -> Section | None:
+    """The results of -a with attacks set by flags; None without any."""
     rows = [
-        [e["attack"], percent(e["clean_top1"]), percent(e["attacked_top1"]), warnings_of(e)]
+        [e["attack"], percent(e["clean_top1"]), percent(e["attacked_top1"]), failed_checks(e)]
         for e in run.attacks()
     ]
     if not rows:
         return None
-    head = ["attack", "clean top-1", "attacked top-1", "warnings"]
-    note = "Warnings: health lights that say the attack was too weak, so that less is true."
+    head = ["attack", "clean top-1", "attacked top-1", "failed diagnostics"]
+    note = (
+        "A failed diagnostic means that the attack was probably too weak: robust accuracy is "
+        "overestimated."
+    )
     blocks = [Table(head, rows, note)]
     if e := run.sweep():
         caption = f"Accuracy of {run.label} under attack on {e['probed']} validation images."
-        blocks.append(album.add(f"sweep_{run.label}", figures.sweep(e["sweep"]), caption))
+        blocks.append(writer.add(f"sweep_{run.name}", figures.sweep(e["sweep"]), caption))
     return Section(f"Robustness: {run.label}", blocks)
 
 
-def warnings_of(evaluation: dict) -> str:
-    return (
-        ", ".join(light["name"] for light in evaluation["lights"] or [] if light["warns"]) or "none"
-    )
+def failed_checks(row: dict) -> str:
+    failed = [d["name"] for d in row["lights"] or [] if d.get("failed", d.get("warns"))]
+    return ", ".join(failed) or "none"
 
 
-def convolution(file: Path) -> Section | None:
-    """Our convolution beside torch's, from what benchmarks/conv.py measured; None without it."""
+def convolution(runs: Sequence[Run], benchmark: Path | None) -> Section | None:
+    """CustomConv2d compared with nn.Conv2d; None where neither runs nor a benchmark compare them.
+
+    benchmark: the .json of benchmarks/conv.py; else one in a run folder is taken.
+
+    Raises:
+        UserError: the benchmark cannot be read.
+    """
+    files = [run.folder / BENCHMARK for run in runs]
+    file = benchmark or next((f for f in files if f.exists()), None)
+    blocks = []
+    pair = [next((run for run in runs if run.arch == arch), None) for arch in CONVOLUTIONS]
+    if all(pair):
+        note = "Speed and memory of the whole training, of the runs named."
+        blocks.append(table_of(pair, {k: RESULTS[k] for k in COMPARED}, caption=note))
+    if file:
+        blocks += benchmark_tables(file)
+    return Section("CustomConv2d and nn.Conv2d", blocks) if blocks else None
+
+
+CONVOLUTIONS = "torch_conv", "custom_conv"
+COMPARED = ("best top-1", "training images per second", "peak memory", "wall time, h:mm:ss")
+
+
+def benchmark_tables(file: Path) -> list[Table | Text]:
     if not file.exists():
-        return None
+        raise UserError(f"there is no benchmark {file}: make it with python benchmarks/conv.py")
+    found = read_json(file)
+    head = ["ms per step", "relative to nn.Conv2d", "MB saved", "MB peak"]
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
         tables = [
-            Table(
-                [case, "ms a step", "/ nn.Conv2d", "MB saved", "MB peak"],
-                [way_row(*way) for way in ways.items()],
-            )
+            Table([case, *head], [benchmark_row(*way) for way in ways.items()])
             for case, ways in found["training"].items()
         ]
         made = f"{found['command']}, commit {found['commit']}, {found['date']}, {found['device']}"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except (LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{file} is damaged: {e!r}") from None
     note = (
-        "Forward, backward and optimizer's step of SimpleNet; saved: what the forward pass keeps "
-        f"for the backward one. Measured by {made}."
+        "Forward, backward and optimizer step of SimpleNet; saved: what the forward pass keeps "
+        f"for the backward pass. Measured by {made}."
     )
-    return Section("Our convolution and torch's", [*tables, Text(note, note=True)])
+    return [*tables, Text(note, "note")]
 
 
-def way_row(way: str, row: dict) -> list[str]:
+def benchmark_row(way: str, row: dict) -> list[str]:
     memory = (number(row.get(name), scale=1e6) for name in ("saved_bytes", "peak_bytes"))
     return [way, number(row["ms"]), number(row["ratio"], digits=2), *memory]
 
@@ -179,104 +273,116 @@ def way_row(way: str, row: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------
 
 
-def study(run: Run, data: Path | None, workers: int) -> RunAnalysis:
-    """Ask a run's network about the validation images.
-
-    Raises:
-        UserError: there is no network or there are no images, or they do not fit each other.
-    """
-    folder = data or run.data_folder()
-    if folder is None:
-        raise UserError("the run recorded no data folder: name it with --data")
-    network = run.network
-    validation = Validation(Path(relpath(folder)), workers)
-    validation.dataset.skip(checkpoint.skipped_images(run.config) or [])
-    return RunAnalysis(run, validation, validation.ask(network, run.label))
-
-
-def categories(studies: Sequence[RunAnalysis], album: FigureWriter) -> Section:
-    groups: dict[
-        tuple[str, ...], dict[str, Predictions]
-    ] = {}  # runs on the same data share a figure
-    for s in studies:
-        groups.setdefault(tuple(s.answers.names), {})[s.run.label] = s.answers
-    caption = "Share of each category's validation images that the network recognises."
-    drawn = [
-        album.add(f"categories{n or ''}", figures.class_accuracy(answers), caption)
-        for n, answers in enumerate(groups.values())
-    ]
-    return Section("Accuracy by category", drawn)
+def classes(analyses: Sequence[RunAnalysis], writer: FigureWriter) -> Section:
+    """Accuracy by class; runs on the same classes share a figure."""
+    groups: dict[tuple[str, ...], dict[str, Predictions]] = {}
+    for a in analyses:
+        groups.setdefault(tuple(a.predictions.names), {})[a.run.label] = a.predictions
+    blocks = []
+    for n, group in enumerate(groups.values()):
+        first = next(iter(group.values()))
+        missing = len(first.names) - len(first.present)
+        left_out = f" {missing} classes without validation images are left out." if missing else ""
+        caption = f"Accuracy on the validation images of each class.{left_out}"
+        blocks.append(writer.add(f"classes{n or ''}", figures.class_accuracy(group), caption))
+    return Section("Accuracy by class", blocks)
 
 
-def confusion(s: RunAnalysis, album: FigureWriter) -> Section:
-    answers, label = s.answers, s.run.label
-    names, totals = answers.names, answers.confusion.sum(1)
-    caption = f"What {label} takes each category for, in per cent of the category's images."
-    matrix = album.add(f"confusion_{label}", figures.confusion(answers), caption)
-    pairs = answers.most_confused(CONFUSED_PAIRS)
+def confusion(a: RunAnalysis, writer: FigureWriter) -> Section:
+    """The most confused classes with names, the whole matrix with hover, the worst pairs."""
+    p, run = a.predictions, a.run
+    names, totals = p.names, p.confusion.sum(1)
+    drawing, classes = figures.confusion_block(p), figures.block_classes(p)
+    few = len(classes) == len(p.present)
+    which = "all classes" if few else f"the {len(classes)} most confused classes"
+    caption = f"Predictions of {run.label}, in per cent of the true class: {which}."
+    hover = figures.cell_hover(drawing, p, classes)
+    blocks = [writer.add(f"confusion_{run.name}", drawing, caption, hover=hover)]
+    if not few:
+        drawing = figures.confusion_matrix(p)
+        caption = f"The confusion matrix of all {len(p.present)} classes: point at a cell."
+        hover = figures.cell_hover(drawing, p, p.present)
+        name = f"confusion_all_{run.name}"
+        blocks.append(writer.add(name, drawing, caption, hover=hover, media="html"))
+    pairs = p.most_confused(CONFUSED_PAIRS)
+    title = f"Confusion: {run.label}"
     if not pairs:
-        return Section(f"Confusion: {label}", [matrix, Text("Every image was recognised.")])
-    table = Table(
-        ["most confused", "images", "of"],
-        [[f"{names[i]}, taken for {names[j]}", str(n), str(totals[i])] for i, j, n in pairs],
+        return Section(title, [*blocks, Text("Every image is classified correctly.")])
+    rows = [[names[i], names[j], str(n), str(totals[i])] for i, j, n in pairs]
+    head = ["most confused: true class", "predicted class", "images", "of"]
+    return Section(
+        title, [*blocks, Table(head, rows, words=True), *confused_pictures(a, pairs, writer)]
     )
+
+
+def confused_pictures(a: RunAnalysis, pairs: Sequence[tuple], writer: FigureWriter) -> list:
+    p = a.predictions
     rows = []
     for i, j, _ in pairs:
-        chosen = answers.examples(i, j, EXAMPLES)
-        certain = [f"{names[j]} {100 * answers.confidence[n]:.0f} %" for n in chosen]
-        rows.append((names[i], pictures.pixels(s.validation.images(chosen)[0]), certain))
-    caption = "Images of these pairs: at the left the category, above each image the answer."
-    shown = album.add(f"confused_{label}", figures.picture_rows(rows), caption)
-    return Section(f"Confusion: {label}", [matrix, table, shown])
+        chosen = p.examples(i, j, EXAMPLES)
+        predicted = [f"{p.names[j]} {100 * p.confidence[n]:.0f} %" for n in chosen]
+        rows.append((p.names[i], pictures.pixels(a.images.images(chosen)[0]), predicted))
+    caption = "Images of these pairs: the true class of each row, the prediction with each image."
+    return writer.add_pictures(f"confused_{a.run.name}", rows, caption)
 
 
-def explanations(s: RunAnalysis, album: FigureWriter) -> Section:
-    """Attack and saliency on images that the network recognises, each of another category."""
-    title = f"Single images: {s.run.label}"
-    chosen = recognised(s.answers, SHOWN)
+def explanations(a: RunAnalysis, writer: FigureWriter) -> Section:
+    """Attack and saliency on correctly classified images, each of another class."""
+    title = f"Attack and saliency: {a.run.label}"
+    chosen = a.predictions.recognised(SHOWN)
     if not chosen:
-        return Section(title, [Text("No image was recognised.")])
-    x, _ = s.validation.images(chosen)
-    return Section(title, [attack_strips(s, x, album), saliency_strips(s, x, album)])
+        return Section(title, [Text("No image is classified correctly.")])
+    x, _ = a.images.images(chosen)
+    return Section(title, [*attack_pictures(a, x, writer), *saliency_pictures(a, x, writer)])
 
 
-def attack_strips(s: RunAnalysis, x: Tensor, album: FigureWriter) -> Figure:
-    """Images x (n, 3, H, W) before and after the default attack, and what it changed."""
-    attack = student_code.default_attack(nn.CrossEntropyLoss())
-    x_adv = attack.perturb(s.run.network, x.clone()).detach()
+def attack_pictures(a: RunAnalysis, x: Tensor, writer: FigureWriter) -> list:
+    """Images x (n, 3, H, W) before and after the default attack, and their difference."""
+    x_adv = explorer.default_attack(a.run.network, x)
+    clean, attacked = pictures.pixels(x), pictures.pixels(x_adv)
+    budget = explorer.default_budget(clean, attacked)
     change = pictures.pixels(pictures.difference(x, x_adv, FACTOR))
     rows = [
-        ("clean", pictures.pixels(x), verdicts(s, x)),
-        ("attacked", pictures.pixels(x_adv), verdicts(s, x_adv)),
-        (f"change × {FACTOR}", change, [""] * len(x)),
+        ("clean", clean, predictions_of(a, x)),
+        (f"attacked, {budget}", attacked, predictions_of(a, x_adv)),
+        (f"difference × {FACTOR}", change, [""] * len(x)),
     ]
     caption = (
-        f"The default attack on images that {s.run.label} recognises; above each image the "
-        "answer. The change is drawn around mid-grey."
+        f"The default attack ({budget}) on images that {a.run.label} classifies correctly, each "
+        "with its prediction. The difference is drawn around mid-grey."
     )
-    return album.add(f"attack_{s.run.label}", figures.picture_rows(rows), caption)
+    return writer.add_pictures(f"attack_{a.run.name}", rows, caption)
 
 
-def saliency_strips(s: RunAnalysis, x: Tensor, album: FigureWriter) -> Figure:
-    """Images x (n, 3, H, W), and over them what the answers hang on."""
-    seen, blank = pictures.pixels(x), [""] * len(x)
-    maps = {"gradient": saliency(s.run.network, x)[0], "Grad-CAM": grad_cam(s.run.network, x)}
-    rows = [("clean", seen, verdicts(s, x))]
-    rows += [(name, pictures.overlay(seen, m), blank) for name, m in maps.items() if m is not None]
+def saliency_pictures(a: RunAnalysis, x: Tensor, writer: FigureWriter) -> list:
+    """Images x (n, 3, H, W), and over them which pixels drive the prediction."""
+    clean, blank = pictures.pixels(x), [""] * len(x)
+    maps = {"gradient": saliency(a.run.network, x)[0], "Grad-CAM": grad_cam(a.run.network, x)}
+    rows = [("clean", clean, predictions_of(a, x))]
+    rows += [(name, pictures.overlay(clean, m), blank) for name, m in maps.items() if m is not None]
     caption = (
-        "What the answer hangs on: the pixels whose change would change the loss most, and, of a "
-        "convolutional network, where its last layer saw the category (Grad-CAM)."
+        "Which pixels drive the prediction: those whose change would change its loss most "
+        "(gradient) and, in a convolutional network, those that the last layer responds to "
+        "(Grad-CAM)."
     )
-    return album.add(f"saliency_{s.run.label}", figures.picture_rows(rows), caption)
+    return writer.add_pictures(f"saliency_{a.run.name}", rows, caption)
 
 
-@torch.no_grad()
-def verdicts(s: RunAnalysis, x: Tensor) -> list[str]:
-    return pictures.format_predictions(s.run.network(x), s.answers.names)
+def predictions_of(a: RunAnalysis, x: Tensor) -> list[str]:
+    return pictures.format_predictions(a.logits(x), a.predictions.names)
 
 
-def recognised(answers: Predictions, n: int) -> list[int]:
-    """The first image recognised of each of up to n categories."""
-    right = np.flatnonzero(answers.labels == answers.predictions)
-    _, first = np.unique(answers.labels[right], return_index=True)
-    return sorted(right[first].tolist())[:n]
+def attack_explorer(a: RunAnalysis) -> Section | None:
+    """The interactive explorer; None where no image is classified correctly."""
+    data = explorer.explore(a)
+    if data is None:
+        return None
+    fell, held = (sum(i["held"] is h for i in data["images"]) for h in (False, True))
+    epsilon, steps = explorer.MIDDLE
+    caption = (
+        f"Images that {a.run.label} classifies correctly: {fell} that PGD with ε = {epsilon} and "
+        f"{steps} steps changes, {held} that hold. ε in 8-bit intensity levels (l_inf). The "
+        "network sees the attacked image rounded to 8 bits, as shown."
+    )
+    paper = Text("The page report.html has an explorer of this attack.", "note", media="paper")
+    return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption), paper])

@@ -27,8 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepvision.attacks.norms import InputScale, project, random_start, steepest_step
-from deepvision.attacks.pgd import FGSM, PGD, frozen_eval_mode
+from deepvision.attacks import (
+    FGSM,
+    PGD,
+    InputScale,
+    frozen_eval_mode,
+    project,
+    random_start,
+    steepest_step,
+)
 
 STEPS = {"pgd": 3, "fgsm-rs": 1, "free": 2, "trades": 3}  # of the attack; replays where free
 
@@ -154,22 +161,18 @@ class AdversarialTraining:
 
     def _trades(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with frozen_eval_mode(model), torch.no_grad():
-            p = model(x).softmax(1)
-        attack = replace(self.attack(), loss=lambda logits, *_: divergence(logits, p))
+            log_p = model(x).log_softmax(1)
+        attack = replace(self.attack(), loss=lambda logits, *_: divergence(logits, log_p))
         x_adv = attack.perturb(model, x, y)
         clean, attacked = model(x), model(x_adv)
-        distance = divergence(attacked, clean.softmax(1)).mean()
+        distance = divergence(attacked, clean.log_softmax(1)).mean()
         return attacked, self.criterion(clean, y) + self.beta * distance
 
 
-def divergence(logits: Tensor, p: Tensor) -> Tensor:
-    """KL(p || softmax(logits)) of each sample: (N, K), (N, K) -> (N,)."""
-    return F.kl_div(logits.log_softmax(1), p, reduction="none").sum(1)
+def divergence(logits: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || softmax(logits)) of each sample: (N, K), log-probabilities (N, K) -> (N,).
 
-
-@torch.no_grad()
-def robust_accuracy(model: nn.Module, attack: PGD, x: Tensor, y: Tensor) -> float:
-    """Accuracy in per cent under attack, on x (N, C, H, W) with labels y (N,)."""
-    x_adv = attack.perturb(model, x, y)
-    with frozen_eval_mode(model), torch.no_grad():
-        return 100 * (model(x_adv).argmax(1) == y).float().mean().item()
+    Of log p, because the gradient over p itself is not finite where p underflows to 0.
+    """
+    log_q = logits.log_softmax(1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)

@@ -10,10 +10,12 @@ from utils import LinearWarmupCosineAnnealingLR
 
 
 def make_optimizer(
-    model: nn.Module, kind: str, lr: float, wd: float, momentum: float
+    model: nn.Module, kind: str, lr: float, wd: float, momentum: float, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW for the ViT, SGD with momentum for all other networks; fused on CUDA."""
-    fused = next(model.parameters()).is_cuda  # one kernel for all parameters
+    """AdamW for the ViT, SGD with momentum for all other networks.
+
+    fused: one kernel updates all parameters, which is fast on a GPU.
+    """
     if kind == "vit":
         return torch.optim.AdamW(model.parameters(), lr, weight_decay=wd, fused=fused)
     parameters = weight_decay_groups(model) if kind == "scene_net" else model.parameters()

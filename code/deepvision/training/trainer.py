@@ -15,8 +15,7 @@ from torch import nn
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from deepvision import checkpoint
-from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD
+from deepvision.attacks import PGD, InputScale, accuracy_under_attack
 from deepvision.config import RunConfig
 from deepvision.data.loader import (
     SeededLoader,
@@ -41,7 +40,6 @@ from deepvision.training.objectives import (
     CutMix,
     Objective,
     Standard,
-    robust_accuracy,
 )
 from deepvision.training.overfitting_guard import CatastrophicOverfittingGuard
 from deepvision.training.progress import Progress
@@ -102,7 +100,10 @@ class Trainer:
         self.resumed, ckpt = resumed, resumed.ckpt if resumed else {}
         self.train_set, self.val_set = datasets
         self.batches, self.val_batches = make_loaders(config, datasets, context.device)
-        self.optimizer = optim.make_optimizer(model, kind, config.lr, config.wd, config.momentum)
+        fused = context.device.type == "cuda"
+        self.optimizer = optim.make_optimizer(
+            model, kind, config.lr, config.wd, config.momentum, fused
+        )
         self.scaler = context.grad_scaler()
         self.progress = Progress(config.start_epoch, data_order=self._data_order())
         if resumed:
@@ -290,7 +291,7 @@ class Trainer:
         x, y = self.context.to_device(*self.fixed_subset)
         epsilon = self.objective.epsilon
         attack = PGD(epsilon=epsilon, pixels=self.objective.scale, early_stop=True)
-        accuracy = torch.tensor(robust_accuracy(self.network, attack, x, y))
+        accuracy = torch.tensor(accuracy_under_attack(self.network, attack, x, y))
         accuracy = distributed.all_reduce_sum(accuracy).item() / distributed.world_size()
         print(
             f"Robust accuracy {accuracy:.1f} (untargeted PGD-{attack.steps}, l_inf, "

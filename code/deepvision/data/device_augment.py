@@ -1,0 +1,89 @@
+"""Augmentation on the device: workers draw the parameters, the device transforms whole batches.
+
+The images lie on the device as uint8. For each sample a worker draws what the course's transforms
+would draw; one bilinear warp, one gain per channel and the normalisation make a batch of it.
+"""
+
+from __future__ import annotations
+
+import cv2
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from custom_affine import Affine, compose
+from custom_transforms import AUGMENTATION, FUSED, Compose, sample_warp
+from utils import UserError
+
+
+class AugmentParams:
+    """Draws, in place of the course's transforms, what they would do to an image.
+
+    shape: (H, W, 3) of the images.
+    Called with an image's index, it returns a float tensor (10,): the index, the affine warp
+    (a, b, c, d, e, f) from output to image, a gain per channel. The draws are those of the
+    transforms, from `random`.
+
+    Raises:
+        UserError: other transforms than the course's, or ones that a bilinear warp cannot replace.
+    """
+
+    def __init__(self, transforms: Compose | None, shape: tuple[int, ...]) -> None:
+        self.steps = getattr(transforms, "transforms", [])
+        self.source = shape[1], shape[0]  # width, height
+        if tuple(map(type, self.steps)) not in FUSED:
+            raise UserError("--cache=device supports the course's transforms only: use --cache=ram")
+        scale = self.steps[0]
+        width, height = scale.target(*self.source)
+        reduced = self.source[0] > 2 * width or self.source[1] > 2 * height
+        if reduced or scale.interpolation != cv2.INTER_LINEAR:
+            raise UserError(
+                "--cache=device scales bilinearly and at most to half the size: use --cache=ram"
+            )
+        self.size, self.normalize = self.steps[-3].size, self.steps[-1]
+
+    def __call__(self, index: int) -> Tensor:
+        warp, gains = self._draw()
+        return torch.tensor([index, *warp, *gains])
+
+    def _draw(self) -> tuple[Affine, list[float]]:
+        if len(self.steps) == len(AUGMENTATION) + 2:
+            return sample_warp(self.source, *self.steps[:-2])
+        width, height = self.steps[0].target(*self.source)
+        x, y = (width - self.size[0]) // 2, (height - self.size[1]) // 2
+        scale = (self.source[0] / width, 0, 0, 0, self.source[1] / height, 0)
+        return compose(scale, (1, 0, x, 0, 1, y)), [1, 1, 1]
+
+
+class DeviceImages:
+    """All images (N, H, W, 3) as uint8 on a device; makes batches from `AugmentParams`' tensors."""
+
+    def __init__(self, images: Tensor, params: AugmentParams) -> None:
+        self.images = images
+        width, height = params.size
+        self.x = torch.arange(width, device=images.device)[:, None] + 0.5  # (w, 1)
+        self.y = torch.arange(height, device=images.device)[:, None, None] + 0.5  # (h, 1, 1)
+        self.source = torch.tensor(params.source, device=images.device)
+        self.mean, self.std = (
+            torch.tensor(v, device=images.device)[:, None, None]
+            for v in (params.normalize.mean, params.normalize.std)
+        )
+
+    def read(self, index: int) -> int:
+        """The index: the image itself stays on the device."""
+        return index
+
+    def device_transform(self, params: Tensor) -> Tensor:
+        """(B, 10) -> normalised images (B, 3, h, w); rounds to grey levels where the CPU does."""
+        params = params.to(self.images.device, non_blocking=True)
+        warps, gains = params[:, 1:7].view(-1, 1, 1, 2, 3), params[:, 7:, None, None]
+        x = self.images[params[:, 0].long()].permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+        # sums, not a matrix product: TF32 would lose a tenth of a pixel
+        seen_at = warps[..., 0] * self.x + warps[..., 1] * self.y + warps[..., 2]  # (B, h, w, 2)
+        grid = 2 * seen_at / self.source - 1
+        x = F.grid_sample(x, grid, padding_mode="border", align_corners=False).round_()
+        x = x.mul_(gains).add_(0.5).clamp_(max=255).floor_()
+        return (x / 255 - self.mean) / self.std
+
+    def __getstate__(self) -> dict:
+        return {}  # workers call `read` only
