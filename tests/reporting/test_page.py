@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import shutil
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -110,10 +112,9 @@ def drag_to(page, name, share):
 
 def canvas(page, name):
     """The pixels (H, W, 3) that a canvas shows."""
-    data = part(page, name).evaluate(
-        "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
-    )
-    return np.array(data, np.uint8).reshape(128, 128, 4)[..., :3]
+    address = part(page, name).evaluate("c => c.toDataURL('image/png')")
+    data = np.frombuffer(base64.b64decode(address.partition(",")[2]), np.uint8)
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
 
 
 def attacked(a, n, epsilon, steps):
