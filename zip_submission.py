@@ -49,25 +49,25 @@ class Refused(Exception):
 
 def collect(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The files to pack, and the reasons for those left out, both by their name in the zip."""
-    packed, left_out = {}, {}
+    packed, excluded = {}, {}
     for top in FOLDERS:
         if (root / top).is_symlink():
-            left_out[top] = "link"
+            excluded[top] = "link"
         elif (root / top).is_dir():
-            collect_folder(root, root / top, packed, left_out)
-    return dict(sorted(packed.items())), left_out
+            collect_folder(root, root / top, packed, excluded)
+    return dict(sorted(packed.items())), excluded
 
 
 def collect_folder(
-    root: Path, folder: Path, packed: dict[str, Path], left_out: dict[str, str]
+    root: Path, folder: Path, packed: dict[str, Path], excluded: dict[str, str]
 ) -> None:
-    """Add the contents of `folder`, recursively, to `packed` or `left_out`."""
+    """Add the contents of `folder`, recursively, to `packed` or `excluded`."""
     for path in folder.iterdir():
         name = path.relative_to(root).as_posix()
         if reason := unwanted(path, root):
-            left_out[name] = reason
+            excluded[name] = reason
         elif path.is_dir():
-            collect_folder(root, path, packed, left_out)
+            collect_folder(root, path, packed, excluded)
         else:
             packed[name] = path
 
@@ -98,10 +98,10 @@ def unwanted_kind(path: Path) -> str | None:
     return next(kinds, None)
 
 
-def check_required(packed: dict[str, Path], left_out: dict[str, str]) -> list[str]:
+def check_required(packed: dict[str, Path], excluded: dict[str, str]) -> list[str]:
     """One error for each required file that is missing."""
     missing = [name for name in REQUIRED if name not in packed]
-    return [f"{n} is missing" + (f" ({left_out[n]})" if n in left_out else "") for n in missing]
+    return [f"{n} is missing" + (f" ({excluded[n]})" if n in excluded else "") for n in missing]
 
 
 def check_python(name: str, source: bytes) -> Iterator[str]:
@@ -125,13 +125,13 @@ def check_text(name: str, text: str) -> Iterator[str]:
             yield f"{name}:{number}: {match[0]} exists on your computer only"
 
 
-def check(packed: dict[str, Path], left_out: dict[str, str]) -> list[str]:
+def check(packed: dict[str, Path], excluded: dict[str, str]) -> list[str]:
     """Check the files and return warnings.
 
     Raises:
         Refused: a required file is missing, or Python code is invalid or contains a local path.
     """
-    errors, warnings = check_required(packed, left_out), []
+    errors, warnings = check_required(packed, excluded), []
     for name, path in packed.items():
         if path.suffix == ".py":
             errors += check_python(name, path.read_bytes())
@@ -174,12 +174,12 @@ def main(root: Path) -> None:
         Refused: the submission is not valid.
         OSError, UnicodeError: a file cannot be read or written.
     """
-    packed, left_out = collect(root)
-    warnings = check(packed, left_out)
+    packed, excluded = collect(root)
+    warnings = check(packed, excluded)
     write_zip(packed, root / "submission.zip")
     for name, path in packed.items():
         print(f"{path.stat().st_size:>12,}  {name}")
-    for name, reason in sorted(left_out.items()):
+    for name, reason in sorted(excluded.items()):
         print(f"    left out  {name} ({reason})")
     for warning in warnings:
         print(f"     warning  {warning}")

@@ -190,7 +190,7 @@ def write_tables(rows: list[dict], command: str) -> None:
     for data, images in dict.fromkeys((row["data"], row["images"]) for row in rows):
         own = [row for row in rows if (row["data"], row["images"]) == (data, images)]
         results = Results(own)
-        commits = ", ".join(sorted({row["commit"] for row in own}))
+        commits = ", ".join(sorted({str(row["commit"]) for row in own}))
         dates = sorted(row["date"] for row in own)
         text = (
             f"{origin_line(origin(command))}\n\n{len(own)} runs at commit {commits}, {dates[0]} to "

@@ -1,7 +1,7 @@
-"""Affine maps of the image plane: turn, compose, and resample once.
+"""Affine maps of the image plane: rotate, compose, resample once.
 
 Coordinates are continuous: pixel i covers [i, i + 1]. An `Affine` (a, b, c, d, e, f) takes a point
-of the output to the point (a x + b y + c, d x + e y + f) of the input that is seen there.
+(x, y) of the output to the point (a x + b y + c, d x + e y + f) of the input that it shows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ Affine = tuple[float, float, float, float, float, float]
 
 
 def inscribed_size(width: int, height: int, angle: float) -> tuple[int, int]:
-    """The largest upright rectangle (width, height) inside a width x height one turned by `angle`.
+    """The largest upright rectangle (width, height) inside a width x height one rotated by `angle`.
 
-    1. Its four corners lie on four sides: both sides follow from two linear equations.
-    2. A long thin image: two corners touch the long sides midway, and the short side limits both.
+    angle: in radians. Two cases:
+    1. Its four corners lie on four sides: width and height solve two linear equations.
+    2. A long thin image: two corners touch the middle of the long sides, which limits both.
     """
     sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
     short, long = min(width, height), max(width, height)
@@ -33,7 +34,7 @@ def inscribed_size(width: int, height: int, angle: float) -> tuple[int, int]:
 
 
 def rotation(size: tuple[int, int], inner: tuple[int, int], angle: float) -> Affine:
-    """A turn about the centre of an image of `size`, seen through a central window `inner`."""
+    """Rotation by `angle` about the center of an image of `size`, cropped to a central `inner`."""
     sin, cos = math.sin(angle), math.cos(angle)
     x, y = inner[0] / 2, inner[1] / 2
     return (
@@ -47,7 +48,7 @@ def rotation(size: tuple[int, int], inner: tuple[int, int], angle: float) -> Aff
 
 
 def compose(first: Affine, then: Affine) -> Affine:
-    """The product of two affine maps: a point goes through `then`, and on through `first`."""
+    """The product of two affine maps: `first` applied to the result of `then`."""
     a, b, c, d, e, f = first
     g, h, i, j, k, m = then
     return (
@@ -63,8 +64,9 @@ def compose(first: Affine, then: Affine) -> Affine:
 def warp_image(
     img: np.ndarray, warp: Affine, size: tuple[int, int], out: np.ndarray | None = None
 ) -> np.ndarray:
+    """Resample `img` (H, W, C) bilinearly to `size` = (width, height); edges are replicated."""
     a, b, c, d, e, f = warp
-    # OpenCV counts from the centre of the first pixel, not from its corner
+    # OpenCV's origin is the center of the first pixel, not its corner
     matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(img, matrix, size, out, flags, cv2.BORDER_REPLICATE)

@@ -61,16 +61,16 @@ class MiniPlacesLoader(Dataset):
         self.num_classes = num_classes
         self.transforms = transforms
         self.paths, self.labels = read_label_file(self.label_file, num_classes)
-        self.left_out: list[str] = []
+        self.skipped: list[str] = []
 
     def skip(self, names: Iterable[str]) -> None:
-        """Remove these images from the set; `left_out` lists those that it had.
+        """Remove these images from the set; `skipped` lists those that it had.
 
         Raises:
             UserError: no image remains.
         """
         bad = set(names)
-        self.left_out = [path for path in self.paths if path in bad]
+        self.skipped = [path for path in self.paths if path in bad]
         kept = [pair for pair in zip(self.paths, self.labels, strict=True) if pair[0] not in bad]
         if not kept:
             raise UserError(f"no image that {self.label_file} lists can be read; {GET_DATA}")

@@ -1,10 +1,10 @@
 """Image augmentation: uint8 RGB arrays (H, W, 3) in, float tensors (C, H, W) out.
 
-Every random class draws from Python's `random` in its `sample` method and nowhere else, so a seed
-fixes the picture. Run one after the other, the classes below resample an image three times and pass
-over it nine. `Compose` knows the two sequences the course uses; for these it draws the same random
-numbers in the same order, but resamples the image once and passes over it little more. Any
-other sequence, a subclass or a reordered list included, runs step by step.
+Every random class draws from Python's `random` in its `sample` method only, so the seed determines
+the augmentation. Run one after the other, the classes below resample an image three times and read
+it nine times. `Compose` recognises the two sequences of the course: it draws the same numbers in
+the same order, but resamples the image once (the fused path). Any other sequence, a subclass or a
+reordered list included, runs step by step.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Scale:
     """Resize so that the shorter side is `size` (an int), or to `size` = (width, height).
 
-    Always with the same interpolation, bilinear unless told otherwise: an evaluation must give the
-    same figure twice. Bilinear aliases on strong reductions; cv2.INTER_AREA does not.
+    The interpolation is fixed, bilinear by default, so that an evaluation gives the same figure
+    twice. Bilinear interpolation aliases on strong reductions; cv2.INTER_AREA does not.
     """
 
     def __init__(self, size: int | Sequence[int], interpolation: int = cv2.INTER_LINEAR) -> None:
@@ -38,7 +38,7 @@ class Scale:
         self.interpolation = interpolation
 
     def target(self, width: int, height: int) -> tuple[int, int]:
-        """The (width, height) that an image of this size is given."""
+        """(width, height) of the resized image."""
         if not isinstance(self.size, int):
             return self.size
         short = min(width, height)
@@ -57,7 +57,7 @@ class Scale:
 
 
 class CenterCrop:
-    """Cut the middle out, `size` = (width, height), or a square for an int.
+    """Crop the center, `size` = (width, height), or a square for an int.
 
     Raises:
         ValueError: the image is smaller than the crop.
@@ -70,7 +70,7 @@ class CenterCrop:
         width, height = self.size
         if img.shape[0] < height or img.shape[1] < width:
             raise ValueError(
-                f"cannot cut {width}x{height} out of an image of {img.shape[1]}x{img.shape[0]}"
+                f"cannot crop {width}x{height} from an image of {img.shape[1]}x{img.shape[0]}"
             )
         y, x = (img.shape[0] - height) // 2, (img.shape[1] - width) // 2
         return img[y : y + height, x : x + width]
@@ -80,12 +80,12 @@ class CenterCrop:
 
 
 class RandomSizedCrop:
-    """Cut out a rectangle of random area, shape and place; resize it to `size` (bilinear).
+    """Crop a rectangle of random area, aspect ratio and position; resize it to `size` (bilinear).
 
-    The area is uniform in `area_range` (a share of the image), the width over the height
-    log-uniform in `ratio_range`, the place uniform. If `tries` rectangles in a row do not fit, the
-    largest central square is taken. Inception (Szegedy et al., 2015, sec. 6) starts at 8 % of the
-    area; 128-pixel scenes lose their subject there, hence 25 %.
+    The area is uniform in `area_range` (a fraction of the image), the aspect ratio (width / height)
+    log-uniform in `ratio_range`, the position uniform. If `tries` rectangles in a row do not fit,
+    the largest central square is used. Inception (Szegedy et al., 2015, sec. 6) starts at 8 % of
+    the area; 128-pixel scenes lose their subject there, hence 25 %.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class RandomSizedCrop:
 
 
 class RandomHorizontalFlip:
-    """Mirror left and right with probability `p`."""
+    """Flip left and right with probability `p`."""
 
     def __init__(self, p: float = 0.5) -> None:
         if not 0 <= p <= 1:
@@ -129,6 +129,7 @@ class RandomHorizontalFlip:
         self.p = p
 
     def sample(self) -> bool:
+        """Draw whether to flip."""
         return random.random() < self.p
 
     def __call__(self, img: np.ndarray) -> np.ndarray:
@@ -139,7 +140,7 @@ class RandomHorizontalFlip:
 
 
 class RandomColor:
-    """Multiply each channel by its own gain, uniform in [1 - r, 1 + r]; clip to 0..255."""
+    """Multiply each channel by a gain uniform in 1 ± `color_range`; clip to 0-255."""
 
     def __init__(self, color_range: float) -> None:
         if not 0 <= color_range <= 1:
@@ -147,6 +148,7 @@ class RandomColor:
         self.color_range = color_range
 
     def sample(self) -> list[float]:
+        """Draw a gain per channel."""
         r = self.color_range
         return [random.uniform(1 - r, 1 + r) for _ in range(3)]
 
@@ -159,9 +161,9 @@ class RandomColor:
 
 
 class RandomRotate:
-    """Rotate by an angle uniform in [-degree_range, degree_range] degrees; keep no black corner.
+    """Rotate by an angle uniform in [-degree_range, degree_range] degrees, without black corners.
 
-    What remains is the largest upright rectangle inside the rotated image.
+    The result is the largest upright rectangle inside the rotated image.
     """
 
     def __init__(self, degree_range: float) -> None:
@@ -187,7 +189,7 @@ class ToTensor:
 
     def __call__(self, img: np.ndarray) -> torch.Tensor:
         if img.ndim != 3:
-            raise ValueError(f"ToTensor wants an (H, W, C) image; got the shape {img.shape}")
+            raise ValueError(f"ToTensor needs an (H, W, C) image; got the shape {img.shape}")
         tensor = torch.from_numpy(np.ascontiguousarray(img.transpose(2, 0, 1)))
         return tensor.float() / 255 if img.dtype == np.uint8 else tensor.float()
 
@@ -201,7 +203,7 @@ class Normalize:
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
-            raise ValueError(f"mean and std need one value a channel, std > 0; got {mean}, {std}")
+            raise ValueError(f"mean and std need one value per channel, std > 0; got {mean}, {std}")
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         mean, std = (tensor.new_tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
@@ -220,14 +222,14 @@ class Denormalize(Normalize):
 
 
 class Compose:
-    """Apply transforms in order; the course's own two sequences run fused."""
+    """Apply transforms in order; the two sequences of the course run fused."""
 
     def __init__(self, transforms: Sequence[Callable]) -> None:
         self.transforms = list(transforms)
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        """(3, height, width) of what the course's sequences make; None for any other."""
+        """(3, height, width) of the output of a fused sequence; None for any other sequence."""
         if self._sequence() not in FUSED:
             return None
         width, height = self.transforms[-3].size
@@ -243,7 +245,7 @@ class Compose:
         return img
 
     def write(self, img: np.ndarray, out: np.ndarray) -> None:
-        """Write what the course's sequences make of a uint8 (H, W, 3) to `out`, of `shape`."""
+        """Apply a fused sequence to a uint8 image (H, W, 3); write to `out`, float32 of `shape`."""
         FUSED[self._sequence()](img, out, *self.transforms)
 
     def _sequence(self) -> tuple[type, ...]:
@@ -266,9 +268,9 @@ def sample_warp(
     rotate: RandomRotate,
     crop: RandomSizedCrop,
 ) -> tuple[Affine, list[float]]:
-    """Draw one augmentation for an image of `size` = (width, height): its warp and its gains.
+    """Draw one augmentation for an image of `size` = (width, height): warp and gains per channel.
 
-    The draws are those of the five transforms run in this order.
+    The draws are those of the five transforms in this order.
     """
     width, height = scale.target(*size)
     warp = (size[0] / width, 0, 0, 0, size[1] / height, 0)
@@ -284,7 +286,7 @@ def sample_warp(
 
 def _train(img, out, scale, flip, color, rotate, crop, _, normalize) -> None:
     width, height = scale.target(img.shape[1], img.shape[0])
-    # the warp reads four source pixels per output pixel: too few for a much larger image
+    # the warp reads four source pixels per output pixel: it would alias on a much larger image
     reduced = img.shape[1] > 2 * width or img.shape[0] > 2 * height
     if reduced or scale.interpolation != cv2.INTER_LINEAR:
         img = scale(img)
@@ -303,8 +305,8 @@ def _val(img, out, scale, crop, _, normalize) -> None:
 
 
 def _planes(img: np.ndarray) -> np.ndarray:
-    """The first three channels of (H, W, C), one after the other: (3, H, W)."""
-    # OpenCV is twice as fast at splitting into planes that are there
+    """The first three channels of (H, W, C) as planes (3, H, W)."""
+    # OpenCV splits twice as fast into planes that exist
     planes = _scratch("planes", img.shape[2], *img.shape[:2])
     cv2.split(img, list(planes))
     return planes[:3]
@@ -317,13 +319,13 @@ def _normalized(planes: np.ndarray, normalize: Normalize, out: np.ndarray) -> No
 
 
 def _scratch(use: str, *shape: int) -> np.ndarray:
-    """Memory that each image of a thread overwrites: the pages of new memory cost more."""
+    """Memory that a thread reuses for each image: the pages of new memory would cost more."""
     return _memory(use, shape, threading.get_ident())
 
 
 @lru_cache(maxsize=32)
 def _memory(use: str, shape: tuple[int, ...], thread: int) -> np.ndarray:
-    # torch's memory starts at a multiple of 64; OpenCV splits into any other ten times as slowly
+    # torch's memory is aligned to 64 bytes; OpenCV splits ten times as slowly into any other
     return torch.empty(shape, dtype=torch.uint8).numpy()
 
 
@@ -356,5 +358,5 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 def _interval(name: str, values: Sequence[float], upper: float = math.inf) -> tuple[float, float]:
     low, high = values
     if not 0 < low <= high <= upper:
-        raise ValueError(f"{name} wants 0 < low <= high <= {upper}; got {values}")
+        raise ValueError(f"{name} needs 0 < low <= high <= {upper}; got {values}")
     return low, high

@@ -158,7 +158,7 @@ def load_datasets(config: RunConfig, ckpt: dict, num_classes: int) -> list[MiniP
         names = audit.unreadable(datasets, config.workers)
     for dataset in datasets:
         dataset.skip(names or [])
-        for name in dataset.left_out:
+        for name in dataset.skipped:
             print(f"skipped: {name}")
     if names:
         print(f"{len(names)} images are skipped.")

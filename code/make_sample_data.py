@@ -1,11 +1,11 @@
-"""Draw a small data set in the MiniPlaces layout: ten kinds of scene, no download.
+"""Draw a small data set in the MiniPlaces layout: ten kinds of scenes, no download.
 
-    python make_sample_data.py                       # ../data/sample, 60 + 20 images a category
+    python make_sample_data.py                       # ../data/sample, 60 + 20 images per category
     python make_sample_data.py ../data/scenes --train 200 --val 50 --seed 1
 
-A category is a layout, not a colour: every image draws its own palette and is then shifted to a
-mean colour of its own, so that a network has to look at shapes. The images follow from the seed.
-The folder appears when it is whole; one that is there already is left alone.
+A category is a layout, not a color: every image has a random palette and is then shifted to a
+random mean color, so that a network has to look at shapes. The images follow from the seed.
+The folder appears when it is complete; an existing one is not touched.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ Colors = list[tuple[int, int, int]]
 
 # ---------------------------------------------------------------------------------------------
 # Scenes: each draws on a (CANVAS, CANVAS, 3) image in the colours of one palette.
-# Positions are shares of the canvas, (0, 0) at the top left.
+# Positions are fractions of the canvas, (0, 0) at the top left.
 # ---------------------------------------------------------------------------------------------
 
 
 def beach(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Sea with waves, a tilted shore, sometimes a sun."""
     horizon, shore = rng.uniform(0.25, 0.45), rng.uniform(0.55, 0.7)
     polygon(img, [(0, horizon), (1, horizon), (1, 1), (0, 1)], colors[2])
     for y in np.linspace(horizon + 0.04, shore, 7):
@@ -49,6 +50,7 @@ def beach(img: np.ndarray, rng: Rng, colors: Colors) -> None:
 
 
 def bridge(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Arches over water, a deck above."""
     deck, water = rng.uniform(0.35, 0.5), rng.uniform(0.75, 0.85)
     polygon(img, [(0, deck), (1, deck), (1, water), (0, water)], colors[2])
     arches = rng.integers(2, 5)
@@ -65,6 +67,7 @@ def bridge(img: np.ndarray, rng: Rng, colors: Colors) -> None:
 
 
 def city(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Houses with lit windows."""
     x = rng.uniform(-0.1, 0)
     while x < 1:
         width, top = rng.uniform(0.1, 0.22), rng.uniform(0.15, 0.6)
@@ -78,6 +81,7 @@ def city(img: np.ndarray, rng: Rng, colors: Colors) -> None:
 
 
 def corridor(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Four walls that converge on a far door."""
     cx, cy, half = rng.uniform(0.35, 0.65), rng.uniform(0.4, 0.6), rng.uniform(0.08, 0.14)
     far = [(cx - half, cy - half), (cx + half, cy - half), (cx + half, cy + half)]
     far.append((cx - half, cy + half))
@@ -87,11 +91,12 @@ def corridor(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         polygon(img, [near[side], near[nxt], far[nxt], far[side]], colors[1 + side % 3])
     polygon(img, far, colors[4])
     for share in 1 - rng.uniform(0.55, 0.7) ** np.arange(1, 6):
-        ring = [blend(n, f, share) for n, f in zip(near, far, strict=True)]
+        ring = [lerp(n, f, share) for n, f in zip(near, far, strict=True)]
         lines(img, [*ring, ring[0]], colors[5], max(1, round(6 * (1 - share))))
 
 
 def desert(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Layers of dunes."""
     layers = rng.integers(3, 6)
     for layer, y in enumerate(np.linspace(rng.uniform(0.3, 0.45), 0.85, layers)):
         dune = curve(rng, y, rng.uniform(0.06, 0.12), 1.5)
@@ -100,6 +105,7 @@ def desert(img: np.ndarray, rng: Rng, colors: Colors) -> None:
 
 
 def field(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Furrows that converge on the horizon."""
     horizon, vanishing = rng.uniform(0.2, 0.45), rng.uniform(0.2, 0.8)
     polygon(img, [(0, horizon), (1, horizon), (1, 1), (0, 1)], colors[2])
     feet = np.arange(-2.5, 3.5, rng.uniform(0.22, 0.35)) + rng.uniform(0, 0.2)
@@ -110,6 +116,7 @@ def field(img: np.ndarray, rng: Rng, colors: Colors) -> None:
 
 
 def forest(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Trunks of several depths, leaves above."""
     ground = rng.uniform(0.7, 0.85)
     polygon(img, [*curve(rng, ground, 0.02, 3), (1, 1), (0, 1)], colors[2])
     for depth in np.sort(rng.uniform(0, 1, rng.integers(9, 16))):
@@ -122,6 +129,7 @@ def forest(img: np.ndarray, rng: Rng, colors: Colors) -> None:
 
 
 def mountain(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Two ranges with snow on the peaks."""
     for layer in range(2):
         base = 0.45 + 0.25 * layer
         xs = np.linspace(-0.1, 1.1, rng.integers(6, 9))
@@ -130,12 +138,13 @@ def mountain(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         polygon(img, [*zip(xs, ys, strict=True), (1.1, 1), (-0.1, 1)], colors[2 + layer])
         for i in range(1, len(xs) - 1, 2):
             peak = xs[i], ys[i]
-            left, right = (blend(peak, (xs[j], ys[j]), 0.3) for j in (i - 1, i + 1))
-            polygon(img, [peak, left, blend(left, right, 0.5), right], colors[5])
+            left, right = (lerp(peak, (xs[j], ys[j]), 0.3) for j in (i - 1, i + 1))
+            polygon(img, [peak, left, lerp(left, right, 0.5), right], colors[5])
     polygon(img, [*curve(rng, 0.88, 0.02, 2), (1, 1), (0, 1)], colors[4])
 
 
 def road(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """A road with a center line, posts at its edges."""
     horizon, vanishing = rng.uniform(0.3, 0.5), rng.uniform(0.3, 0.7)
     polygon(img, [(0, horizon), (1, horizon), (1, 1), (0, 1)], colors[2])
     left, right = rng.uniform(-0.1, 0.2), rng.uniform(0.8, 1.1)
@@ -151,11 +160,12 @@ def road(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         polygon(img, points, colors[5])
     for share in 0.6 ** np.arange(0, 5):
         for edge in (left - 0.25, right + 0.25):
-            x, y = blend((vanishing, horizon), (edge, 1), share)
+            x, y = lerp((vanishing, horizon), (edge, 1), share)
             lines(img, [(x, y), (x, y - 0.5 * share)], colors[4], max(1, round(10 * share)))
 
 
 def village(img: np.ndarray, rng: Rng, colors: Colors) -> None:
+    """Houses with roofs, windows and doors."""
     ground = rng.uniform(0.6, 0.75)
     polygon(img, [*curve(rng, ground, 0.03, 2), (1, 1), (0, 1)], colors[2])
     for x in np.arange(rng.uniform(-0.1, 0.1), 0.95, rng.uniform(0.28, 0.4)):
@@ -178,27 +188,33 @@ SCENES = (beach, bridge, city, corridor, desert, field, forest, mountain, road, 
 
 
 def pixels(points) -> np.ndarray:
-    return np.round(np.array(points) * CANVAS * 16).astype(np.int32)  # cv2's fixed point, shift=4
+    """Points as OpenCV's fixed-point pixels, 4 fractional bits."""
+    return np.round(np.array(points) * CANVAS * 16).astype(np.int32)
 
 
 def polygon(img: np.ndarray, points, color) -> None:
+    """Fill a polygon."""
     cv2.fillPoly(img, [pixels(points)], color, cv2.LINE_AA, shift=4)
 
 
 def lines(img: np.ndarray, points, color, width: int) -> None:
+    """Draw a polyline of `width` pixels."""
     cv2.polylines(img, [pixels(points)], False, color, int(width), cv2.LINE_AA, shift=4)
 
 
 def box(img: np.ndarray, x: float, y: float, w: float, h: float, color) -> None:
+    """Fill the rectangle with its top left corner at (x, y)."""
     polygon(img, [(x, y), (x + w, y), (x + w, y + h), (x, y + h)], color)
 
 
 def ellipse(img: np.ndarray, center, axes, color) -> None:
+    """Fill an ellipse with the semi-axes `axes`."""
     turn = np.linspace(0, 2 * np.pi, 40)
     polygon(img, np.array(center) + np.stack([np.cos(turn), np.sin(turn)], 1) * axes, color)
 
 
 def disc(img: np.ndarray, center, radius: float, color) -> None:
+    """Fill a circle."""
     ellipse(img, center, (radius, radius), color)
 
 
@@ -210,8 +226,8 @@ def curve(rng: Rng, y: float, height: float, waves: float) -> list[tuple[float, 
     return list(zip(x, y + height * wave / 1.5, strict=True))
 
 
-def blend(a, b, share: float) -> tuple[float, float]:
-    """The point that lies `share` of the way from a to b."""
+def lerp(a, b, share: float) -> tuple[float, float]:
+    """The point that divides the line from a to b at the fraction `share`."""
     return a[0] + (b[0] - a[0]) * share, a[1] + (b[1] - a[1]) * share
 
 
@@ -230,13 +246,13 @@ def draw_scene(scene, rng: Rng) -> np.ndarray:
     if rng.random() < 0.5:
         img = cv2.flip(img, 1)
     img = img + texture(rng)
-    # the mean says nothing about the scene: each image is given one at random
+    # the mean must not predict the scene: draw it at random
     img += np.float32(rng.uniform(95, 160, 3) - cv2.mean(img)[:3])
     return np.clip(np.round(img), 0, 255).astype(np.uint8)
 
 
 def palette(rng: Rng) -> Colors:
-    """Six colours of any hue, their brightness spread evenly and dealt out at random."""
+    """Six colors of random hue and saturation; their evenly spaced brightnesses are shuffled."""
     hsv = np.stack(
         [rng.uniform(0, 180, 6), rng.uniform(30, 170, 6), rng.permutation(np.linspace(50, 235, 6))]
     )
@@ -260,7 +276,7 @@ def texture(rng: Rng) -> np.ndarray:
 
 
 def make_sample_data(root: Path, train: int, val: int, seed: int) -> bool:
-    """Write the data set, `train` and `val` images a category; False if it is there already.
+    """Write the data set, `train` and `val` images per category; return False if it exists.
 
     Raises:
         UserError: `root` is in use for something else, or cannot be written.
@@ -305,14 +321,16 @@ def write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 
 def write_lines(path: Path, rows: list[str]) -> None:
+    """Write a text file with \\n at every line's end."""
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8", newline="\n")
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="Draw a small data set of ten kinds of scene.")
     parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder to make")
-    parser.add_argument("--train", type=positive, default=60, help="training images a category")
-    parser.add_argument("--val", type=positive, default=20, help="validation images a category")
+    parser.add_argument("--train", type=positive, default=60, help="training images per category")
+    parser.add_argument("--val", type=positive, default=20, help="validation images per category")
     parser.add_argument("--seed", type=natural, default=2024)
     args = parser.parse_args()
     try:
@@ -322,16 +340,18 @@ def main() -> None:
     if new:
         print(f"{args.root}: {len(SCENES)} categories of {args.train} + {args.val} images")
     else:
-        print(f"{args.root} is there already; remove it to draw it anew")
+        print(f"{args.root} exists already; remove it to draw it again")
 
 
 def natural(text: str) -> int:
+    """An argparse type: a whole number of at most 8 digits."""
     if not (text.isascii() and text.isdigit() and len(text) < 9):
         raise argparse.ArgumentTypeError(f"expected a whole number of at most 8 digits, got {text}")
     return int(text)
 
 
 def positive(text: str) -> int:
+    """An argparse type: a `natural` of at least 1."""
     if natural(text) == 0:
         raise argparse.ArgumentTypeError("expected at least 1")
     return natural(text)

@@ -1,8 +1,8 @@
-"""A whole answer to the assignment, in one file that also works in the course's own tree.
+"""A complete solution of the assignment, in one file that also works in the course's tree.
 
 Part I    a 2-D convolution from matrix products, and SimpleNet
 Part II   self-attention, windowed transformer blocks, SimpleViT
-Part III  PGD adversarial samples and the pictures that show them
+Part III  adversarial samples by PGD, and the image grid that shows them
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from custom_blocks import (
     window_unpartition,
 )
 
-# Pixels in [0, 1] reach a network as (pixel - mean) / std, one value per colour channel.
+# A network's input is (pixel - mean) / std, with pixels in [0, 1] and one value per channel.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -33,27 +33,27 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 #
 # A convolution is a matrix product. Let x (N, C_i, H, W) be padded with P zeros on each side and
 # w (C_o, C_i, K, K) slide over it in steps of S; there are H_o = (H + 2P - K) // S + 1 positions
-# along the height, W_o along the width, L = H_o W_o in an image. One output is
+# along the height, W_o along the width, L = H_o W_o in an image. The output is
 #
 #     y[n, o, i, j] = b[o] + sum_{c, u, v} w[o, c, u, v] x[n, c, i S + u - P, j S + v - P]
 #
-# Lay the K K C_i numbers under the kernel at one position out as a row, and the rows of all
-# positions below one another ("im2col"); lay the weights out in the same order:
+# The K K C_i values under the kernel at one position form a row of X, one row per position
+# ("im2col"). The weights are flattened in the same order:
 #
 #     Y = X Wᵀ + 1 bᵀ          X (N L, K K C_i)    W (C_o, K K C_i)    Y (N L, C_o)
 #
 # For a loss l with the incoming gradient G = dl/dY (N L, C_o), the product rule
 # dl = <G, dY> = <G, X dWᵀ> + <G, dX Wᵀ> + <G, 1 dbᵀ> gives all three gradients:
 #
-#     dl/dW = Gᵀ X    (C_o, K K C_i)    each position adds its window, weighted by its gradient
-#     dl/dX = G W     (N L, K K C_i)    each pixel then sums the entries copied from it ("col2im")
+#     dl/dW = Gᵀ X    (C_o, K K C_i)    sum over positions of window times gradient
+#     dl/dX = G W     (N L, K K C_i)    each pixel sums the entries copied from it ("col2im")
 #     dl/db = Gᵀ 1    (C_o)
 #
-# With S = 1 that sum is a convolution again: pixel h was read by the outputs h + P - u, so dl/dx
-# is g, padded with K - 1 - P, convolved with the kernel turned by 180°, C_i and C_o swapped.
+# For S = 1 that sum is also a convolution. Outputs h + P - u read pixel h, so dl/dx is g, padded
+# with K - 1 - P, convolved with the kernel rotated by 180°, with C_i and C_o swapped.
 #
-# X has K K times the numbers of x. It is built for a few images at a time, which stay in the
-# cache, and built anew in backward instead of saved: only x and w are kept, as in nn.Conv2d.
+# X is K K times as large as x. It is built for a few images at a time, so that it fits in the
+# cache, and built again in backward instead of saved: only x and w are saved, as in nn.Conv2d.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -62,7 +62,7 @@ def _out_size(size: int, K: int, stride: int, padding: int) -> int:
 
 
 def _empty_image(x: Tensor, w: Tensor, C: int, H: int, W: int) -> Tensor:
-    """Memory for (N, C, H, W), channels-last if x or w is: the choice of nn.Conv2d."""
+    """An empty (N, C, H, W), channels-last if x or w is, as nn.Conv2d chooses."""
     channels_last = (0, 2, 3, 1) in (x.dim_order(), w.dim_order())
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((len(x), C, H, W), dtype=x.dtype, device=x.device, memory_format=layout)
@@ -74,9 +74,9 @@ def _rows(image: Tensor) -> Tensor:
 
 
 def _at_once(N: int, columns: int, device: torch.device) -> int:
-    """How many of N images to work on at a time, if the X of one takes `columns` bytes.
+    """The number of images (of N) to process at a time; X takes `columns` bytes per image.
 
-    A CPU is fast while the X of each thread stays in its cache; a GPU wants few, large kernels.
+    A CPU is fast while the X of each thread fits in its cache; a GPU is fast with large kernels.
     """
     budget = 2**28 if device.type == "cuda" else 2**21 * torch.get_num_threads()
     return max(1, min(N, budget // max(1, columns)))
@@ -85,25 +85,25 @@ def _at_once(N: int, columns: int, device: torch.device) -> int:
 def _im2col(
     x: Tensor, y: Tensor, K: int, stride: int, padding: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Walk over x (N, C_i, H, W) and y (N, C_o, H_o, W_o), a few images at a time.
+    """Iterate over x (N, C_i, H, W) and y (N, C_o, H_o, W_o), a few images at a time.
 
-    Yields X (., L, K K C_i), always in the same memory, and Y (., L, C_o), a view of y.
+    Yields X (., L, K K C_i), in memory that is reused, and Y (., L, C_o), a view of y.
     """
     N, C, H, W = x.shape
     H_o, W_o = y.shape[2:]
     step = _at_once(N, H_o * W_o * K * K * C * x.element_size(), x.device)
     Ys = _rows(y).split(step)
-    if K == stride == 1 and padding == 0:  # a window is a pixel: nothing to copy
+    if K == stride == 1 and padding == 0:  # each window is one pixel: no copy needed
         yield from zip(_rows(x).split(step), Ys, strict=True)
         return
-    # channels last: the K C numbers of a window's row then lie side by side
+    # channels last: the K C values of a window's row are contiguous
     padded = x.new_zeros(step, H + 2 * padding, W + 2 * padding, C)
     inside = padded[:, padding : padding + H, padding : padding + W]
     windows = padded.unfold(1, K, stride).unfold(2, K, stride).permute(0, 1, 2, 4, 5, 3)
     columns = x.new_empty(windows.shape)  # (step, H_o, W_o, K, K, C)
     X = columns.view(step, H_o * W_o, K * K * C)
     for images, Y in zip(x.permute(0, 2, 3, 1).split(step), Ys, strict=True):
-        if len(Y) < step:  # the last ones
+        if len(Y) < step:  # the last, smaller part
             inside, windows, columns, X = (t[: len(Y)] for t in (inside, windows, columns, X))
         inside.copy_(images)
         columns.copy_(windows)
@@ -111,9 +111,9 @@ def _im2col(
 
 
 def _outside_compile(function: Callable) -> Callable:
-    """Break torch.compile's graph here: it would unroll the loop over images.
+    """Break torch.compile's graph here, since it would unroll the loop over images.
 
-    Not torch.compiler.disable as a decorator, which imports the compiler (seconds) for everyone.
+    torch.compiler.disable as a decorator would import the compiler (seconds) in every process.
     """
 
     @functools.wraps(function)
@@ -133,7 +133,7 @@ def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, padding: int,
     for X, Y in _im2col(x, y, K, stride, padding):
         W_n = W.expand(len(X), -1, -1)  # the same for each image
         if b is None:
-            torch.bmm(X, W_n, out=Y)  # out=: autocast leaves it alone
+            torch.bmm(X, W_n, out=Y)  # out=: not affected by autocast
         else:
             torch.baddbmm(b, X, W_n, out=Y)
     return y
@@ -152,11 +152,11 @@ def _weight_gradient(g: Tensor, x: Tensor, K: int, stride: int, padding: int) ->
 
 @_outside_compile
 def _input_gradient(g: Tensor, w: Tensor, stride: int, padding: int, x: Tensor) -> Tensor:
-    """dl/dX = G W, gathered into x (N, C_i, H, W) by a convolution if S = 1, else by col2im."""
+    """dl/dx, written to x (N, C_i, H, W): by a convolution if S = 1, else G W and col2im."""
     C_o, C_i, K, _ = w.shape
-    if stride == 1 and padding < K and (K == 1 or C_o <= 4 * C_i):  # else col2im moves less
+    if stride == 1 and padding < K and (K == 1 or C_o <= 4 * C_i):  # else col2im copies less
         return _convolve(g, w.flip(2, 3).transpose(0, 1), None, 1, K - 1 - padding, x)
-    W = w.flatten(1).t()  # (C_i K K, C_o): the order of fold
+    W = w.flatten(1).t()  # (C_i K K, C_o), the order that fold expects
     G = g.flatten(2)  # (N, C_o, L)
     step = _at_once(len(G), len(W) * G.shape[2] * g.element_size(), g.device)
     for images, G_n in zip(x.split(step), G.split(step), strict=True):
@@ -166,8 +166,8 @@ def _input_gradient(g: Tensor, w: Tensor, stride: int, padding: int, x: Tensor) 
     return x
 
 
-# y, dl/dx and dl/dw are each linear in two of x, w and g, and <g, y> = <dl/dx, x> = <dl/dw, w>: a
-# gradient of any of the three is one of the other two. So the gradients can be differentiated too.
+# y, dl/dx and dl/dw are each linear in two of x, w and g, and <g, y> = <dl/dx, x> = <dl/dw, w>:
+# the gradients of each are the other two. So the gradients can be differentiated again.
 
 
 class _InputGradient(torch.autograd.Function):
@@ -203,17 +203,18 @@ class _WeightGradient(torch.autograd.Function):
 
 
 class CustomConv2DFunction(torch.autograd.Function):
-    """A 2-D convolution written with matrix products; what nn.Conv2d computes.
+    """The 2-D convolution of nn.Conv2d, by matrix products.
 
     input_feats (N, C_i, H, W), weight (C_o, C_i, K, K), bias (C_o,) or None; stride and padding
     are integers. Returns (N, C_o, H_o, W_o).
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit, as nn.Conv2d does.
+        RuntimeError: shapes, dtypes or devices do not match, as in nn.Conv2d.
     """
 
     @staticmethod
     def forward(ctx, input_feats, weight, bias, stride=1, padding=0):
+        """y = x * w + b; saves x and w."""
         ctx.save_for_backward(input_feats, weight)
         ctx.stride, ctx.padding = stride, padding
         x, w, b = _autocast(input_feats, weight, bias)
@@ -224,6 +225,7 @@ class CustomConv2DFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        """Gradients of x, w and b, where needed; None for stride and padding."""
         g = grad_output
         x, w = (t.to(g.dtype) for t in ctx.saved_tensors)  # the dtype under autocast
         S, P = ctx.stride, ctx.padding
@@ -237,7 +239,7 @@ custom_conv2d = CustomConv2DFunction.apply
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under torch.autocast: cast to its dtype, float64 excepted, as native operations do."""
+    """Cast to the dtype of torch.autocast, except float64, as native operations do."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -246,7 +248,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _check(x, w, b, stride, padding) -> None:
-    """Refuse what nn.Conv2d refuses, and what a square kernel with one stride cannot do."""
+    """Raise RuntimeError for inputs that nn.Conv2d rejects, and for kernels that are not square."""
     if x.dim() != 4 or w.dim() != 4 or w.shape[2] != w.shape[3]:
         raise RuntimeError(
             "expected an input (N, C_i, H, W) and a square weight (C_o, C_i, K, K), "
@@ -272,10 +274,10 @@ def _check(x, w, b, stride, padding) -> None:
 
 
 class CustomConv2d(nn.Module):
-    """nn.Conv2d for square kernels, by `custom_conv2d`: same arguments, parameters and start.
+    """nn.Conv2d for square kernels, by `custom_conv2d`: the same arguments and parameters.
 
     Raises:
-        ValueError: groups or dilation other than 1, a padding mode, or an unequal pair.
+        ValueError: groups or dilation is not 1, padding is a string, or a pair is unequal.
     """
 
     def __init__(
@@ -294,22 +296,24 @@ class CustomConv2d(nn.Module):
         self.kernel_size = _one_int("kernel_size", kernel_size)
         self.stride, self.padding = _one_int("stride", stride), _one_int("padding", padding)
         if groups != 1 or _one_int("dilation", dilation) != 1:
-            raise ValueError("CustomConv2d knows groups=1 and dilation=1 only; use nn.Conv2d")
+            raise ValueError("CustomConv2d supports only groups=1 and dilation=1; use nn.Conv2d")
         K = self.kernel_size
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, K, K))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The start of nn.Conv2d: both uniform in ±1 / sqrt(K K C_i)."""
+        """Initialise as nn.Conv2d does: both uniform in ±1 / sqrt(K K C_i)."""
         bound = self.weight[0].numel() ** -0.5
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in nn.Conv2d
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name
+        """(N, C_i, H, W) -> (N, C_o, H_o, W_o)."""
         return custom_conv2d(input, self.weight, self.bias, self.stride, self.padding)
 
     def extra_repr(self) -> str:
+        """The arguments, as nn.Module prints them."""
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, bias={self.bias is not None}"
@@ -317,7 +321,7 @@ class CustomConv2d(nn.Module):
 
 
 def _one_int(name: str, value: int | tuple[int, int]) -> int:
-    """An int, or the int of an equal pair."""
+    """`value` as one int; a pair must be equal."""
     values = set(value) if isinstance(value, tuple | list) else {value}
     if len(values) != 1 or not isinstance(number := values.pop(), int):
         raise ValueError(f"CustomConv2d needs one integer as {name}, got {value!r}")
@@ -330,7 +334,7 @@ def _one_int(name: str, value: int | tuple[int, int]) -> int:
 
 
 class SimpleNet(nn.Module):
-    """A small bottleneck CNN: `(N, 3, H, W)` -> logits `(N, num_classes)`, for H, W >= 32 or so.
+    """A small bottleneck CNN: `(N, 3, H, W)` -> logits `(N, num_classes)`, for H, W >= about 32.
 
     `conv_op` is `nn.Conv2d` or anything with its constructor, such as `CustomConv2d`.
     """
@@ -360,7 +364,7 @@ class SimpleNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming's normal initialisation (He et al., 2015), whatever class the convolution has."""
+        """Kaiming normal initialisation (He et al., 2015), for any `conv_op`."""
         for name, parameter in self.features.named_parameters():
             if name.endswith("weight"):
                 nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
@@ -368,6 +372,7 @@ class SimpleNet(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images `(N, 3, H, W)` -> logits `(N, num_classes)`."""
         x = self.avgpool(self.features(x))  # (N, 512, 1, 1)
         return self.fc(x.flatten(1))
 
@@ -380,8 +385,8 @@ default_cnn_model = SimpleNet
 # ---------------------------------------------------------------------------------------------
 
 
-# Up to here forward and backward of the plain softmax are no slower than those of the fused kernel
-# (CPU, 1 and 2 threads: 16 tokens -5 %, 64 tokens equal); at 256 tokens the fused one is ahead.
+# Up to this number of tokens the explicit softmax is no slower than the fused kernel, forward and
+# backward (CPU, 1 and 2 threads: 16 tokens -5 %, 64 tokens equal); at 256 the fused one is faster.
 MAX_TOKENS_EXPLICIT = 64
 
 
@@ -394,14 +399,14 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"dim {dim} does not split evenly into {num_heads} heads")
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask`: bool `(B, H, W)`, true where a token may be attended to (at least one each)."""
+        """mask: bool `(B, H, W)`, true for tokens to attend to, at least one per grid."""
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, N, head_dim)
@@ -418,10 +423,10 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block, attention then MLP, each a residual branch: `(B, H, W, C)` -> the same.
+    """Pre-norm block: residual attention, then residual MLP, `(B, H, W, C)` -> `(B, H, W, C)`.
 
-    With `window_size` > 0 a token attends only to those of its own window. Windows at the border
-    may be padded; what pads them is never attended to.
+    With `window_size` > 0 a token attends only to tokens of its window. Windows at the border may
+    be padded; padding is masked out.
     """
 
     def __init__(
@@ -444,25 +449,27 @@ class TransformerBlock(nn.Module):
         self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, H, W, C)` -> `(B, H, W, C)`."""
         attend = self.attend_in_windows if self.window_size > 0 else self.attn
         x = x + self.drop_path(attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def attend_in_windows(self, x: Tensor) -> Tensor:
+        """Attention within windows, `(B, H, W, C)` -> `(B, H, W, C)`."""
         B, H, W, _ = x.shape
         windows, pad_hw = window_partition(x, self.window_size)
         mask = None
         if pad_hw != (H, W):
             ones, _ = window_partition(x.new_ones(B, H, W, 1), self.window_size)
-            mask = ones.squeeze(-1) > 0.5  # (B * windows, ws, ws); padding comes as zeros
+            mask = ones.squeeze(-1) > 0.5  # (B * windows, ws, ws); padding is zero
         return window_unpartition(self.attn(windows, mask), self.window_size, pad_hw, (H, W))
 
 
 class SimpleViT(nn.Module):
     """A small vision transformer: `(N, in_chans, img_size, img_size)` -> `(N, num_classes)`.
 
-    Patches, position embedding, `depth` blocks (those in `window_block_indexes` attend within
-    windows, the others globally), then norm, mean over all tokens, and a linear head
+    Patch and position embedding; `depth` blocks, those in `window_block_indexes` with window
+    attention, the others with global attention; norm, mean over all tokens, linear head
     (Dosovitskiy et al., 2021; windows as in Li et al., 2022). The rate of stochastic depth grows
     linearly with depth, from 0 to `drop_path_rate` (Huang et al., 2016).
     """
@@ -513,7 +520,7 @@ class SimpleViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normals of standard deviation 0.02; biases zero."""
+        """Weights from a truncated normal with standard deviation 0.02; zero biases."""
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -523,7 +530,7 @@ class SimpleViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises `ValueError` when the images do not fit the patches or the positions."""
+        """Raise ValueError if the image size does not match the patches or position embedding."""
         H, W = x.shape[-2:]
         if self.pos_embed is not None and not H == W == self.img_size:
             size = self.img_size
@@ -547,11 +554,11 @@ default_vit_model = SimpleViT
 
 
 def get_train_transforms(normalize=None):
-    """Random crop, rotation, mirroring and colour: uint8 `(H, W, 3)` -> float `(3, 128, 128)`.
+    """Augmentation: uint8 `(H, W, 3)` -> float `(3, 128, 128)`, normalised.
 
-    `normalize`: the last transform, which the editions 2022 and 2023 pass; ImageNet's by default.
+    normalize: the last transform, which the editions of 2022 and 2023 pass; default ImageNet's.
     """
-    import custom_transforms as transforms  # needs OpenCV, which the networks do without
+    import custom_transforms as transforms  # imports OpenCV, which the networks do not need
 
     return transforms.Compose(
         [
@@ -568,7 +575,7 @@ def get_train_transforms(normalize=None):
 
 def get_val_transforms(normalize=None):
     """Center crop: uint8 `(H, W, 3)` -> float `(3, 128, 128)`, normalised; `normalize` as above."""
-    import custom_transforms as transforms  # needs OpenCV, which the networks do without
+    import custom_transforms as transforms  # imports OpenCV, which the networks do not need
 
     return transforms.Compose(
         [
@@ -586,7 +593,7 @@ def get_val_transforms(normalize=None):
 
 
 def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    """One value per channel as `(1, C, 1, 1)`, of the type and on the device of `like`."""
+    """One value per channel as `(1, C, 1, 1)`, with the dtype and device of `like`."""
     if like.dim() != 4 or like.shape[1] != len(values):
         raise ValueError(
             f"mean and std have {len(values)} channels, the images are {tuple(like.shape)}: "
@@ -597,9 +604,9 @@ def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 @contextmanager
 def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Gradients on, evaluation mode, constant parameters; afterwards everything as it was.
+    """Enable gradients, evaluation mode and frozen parameters; restore all three afterwards.
 
-    Constant parameters spare the gradients of the weights, which an attack does not use.
+    With frozen parameters backward skips the gradients of the weights, which attacks do not use.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -619,12 +626,12 @@ def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
 class PGDAttack:
     """Projected gradient descent in the l_inf ball (Madry et al., 2018), in normalised units.
 
-    Plain use is targeted: the loss of the label that the model finds least likely for the clean
-    image descends, and that label stays fixed over the steps (Kurakin et al., 2017, section 2.3).
-    With `targeted=False` the loss of the true label ascends instead.
+    By default the attack is targeted: it descends the loss of the class that is least likely for
+    the clean image, the same class in all steps (Kurakin et al., 2017, section 2.3). With
+    `targeted=False` it ascends the loss of the true label.
 
-    `step_size` and `epsilon` are in the units of the normalised input, alike for every channel;
-    `mean` and `std` are those of its normalisation and give the range of valid pixels.
+    `step_size` and `epsilon` are in the units of the normalised input, the same for every channel;
+    `mean` and `std` of the normalisation determine the range of valid pixels.
     """
 
     def __init__(
@@ -651,14 +658,14 @@ class PGDAttack:
         self.std = std
 
     def perturb(self, model: nn.Module, input: Tensor, label: Tensor | None = None) -> Tensor:
-        """Adversarial images for the normalised `input` `(N, C, H, W)`, without a graph.
+        """Adversarial images for the normalised `input` `(N, C, H, W)`, detached.
 
-        `label` `(N,)`: the class to reach, or the one to leave when untargeted; without it the
-        least, or most, likely class of the clean image. The model, its parameters and their
-        gradients, and `input` are left as they were, even when the model raises.
+        label: `(N,)`, the target, or the true class if untargeted; by default the least, or the
+        most, likely class of the clean image. The model's mode, its parameters, their gradients
+        and `input` do not change, even if the model raises an error.
         """
         with frozen_eval_mode(model):
-            # At least float32: in bfloat16 a step of 0.01 from a pixel at 2 leads nowhere.
+            # at least float32: bfloat16 near 2 has a spacing of 0.016, above the step of 0.01
             x = input.detach().to(torch.promote_types(input.dtype, torch.float32), copy=True)
             lower, upper = self.bounds(x)
             if label is None:
@@ -677,7 +684,7 @@ class PGDAttack:
             return x_adv.detach().to(input.dtype)
 
     def bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Least and largest value of every pixel: within epsilon of x, and a pixel in [0, 1]."""
+        """Lower and upper bounds of every pixel: within epsilon of x and in the valid range."""
         mean, std = per_channel(self.mean, x), per_channel(self.std, x)
         darkest, brightest = (0.0 - mean) / std, (1.0 - mean) / std
         lower = torch.maximum(x - self.epsilon, darkest)
@@ -685,6 +692,7 @@ class PGDAttack:
 
     @torch.no_grad()
     def default_label(self, model: nn.Module, x: Tensor) -> Tensor:
+        """`(N,)`: the least likely class of x, or the most likely one if untargeted."""
         logits = model(x)
         return logits.argmin(dim=1) if self.targeted else logits.argmax(dim=1)
 
@@ -702,8 +710,8 @@ class GradientSaliency:
     def explain(self, model: nn.Module, input: Tensor) -> Tensor:  # noqa: A002 - the course's name
         """Saliency maps (N, 1, H, W) >= 0 for normalised images (N, C, H, W).
 
-        The largest magnitude over the channels of the gradient of the predicted label's loss. The
-        model, its parameters' gradients and `input` are left as they were.
+        The gradient of the predicted class's loss: its largest magnitude over the channels. The
+        model, its parameters' gradients and `input` do not change.
         """
         with frozen_eval_mode(model):
             x = input.detach().clone().requires_grad_(True)
@@ -717,10 +725,10 @@ default_attention = GradientSaliency
 
 
 def vis_grid(input: Tensor, n_rows: int = 10, vis_output: Tensor | None = None) -> Tensor:
-    """A normalised batch `(N, 3, H, W)` as one picture `(3, H', W')` in [0, 1], on the CPU.
+    """A normalised batch `(N, 3, H, W)` as one image `(3, H', W')` in [0, 1], on the CPU.
 
-    True colours, `n_rows` images side by side (the name is the course's), two black pixels between.
-    With saliency maps `vis_output` (N, 1, H, W), pixels are as bright as they are salient.
+    Each row holds `n_rows` images (the course's name), separated by two black pixels.
+    vis_output: saliency maps (N, 1, H, W); pixels are dimmed by them.
     """
     x = input.detach().cpu().float()
     x = (x * per_channel(IMAGENET_STD, x) + per_channel(IMAGENET_MEAN, x)).clamp(0, 1)
@@ -728,7 +736,7 @@ def vis_grid(input: Tensor, n_rows: int = 10, vis_output: Tensor | None = None) 
         maps = vis_output.detach().cpu().float()
         x = x * (maps / maps.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)).sqrt()
     columns = min(n_rows, len(x))
-    x = F.pad(x, (2, 0, 2, 0))  # black above and to the left of every image
+    x = F.pad(x, (2, 0, 2, 0))  # black, above and left of every image
     x = torch.cat([x, x.new_zeros(-len(x) % columns, *x.shape[1:])])
     x = x.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (3, rows, H, columns, W)
     return F.pad(x.flatten(3, 4).flatten(1, 2), (0, 2, 0, 2))

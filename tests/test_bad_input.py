@@ -108,39 +108,6 @@ def test_all_images_bad_is_an_error(data, logs, capsys):
     assert status == 1 and "no image that" in err[0] and not logs.exists()
 
 
-def test_the_audit_finds_what_is_wrong(data, capsys):
-    assert run(capsys, logs, data, "--check-data")[0] == 0
-    names, val = training_images(data), (data / "val.txt").read_text().split()[::2]
-    images = data / "images"
-    (images / names[1]).unlink()
-    jpeg = bytearray((images / names[2]).read_bytes())
-    jpeg[-400:-200] = bytes(200)  # decodes, to another picture
-    (images / names[2]).write_bytes(jpeg)
-    shutil.copy(images / names[3], images / val[0])
-    with open(data / "train.txt", "a") as f:
-        f.write("train/z/new/1.jpg 12\n")
-    status, out, err = run(capsys, logs, data, "--check-data")
-    assert (status, err) == (1, [])
-    problems = [line.removeprefix("problem: ") for line in out if line.startswith("problem: ")]
-    assert problems[:4] == [
-        "class 10 has no images in train.txt",
-        "class 11 has no images in train.txt",
-        "class 10 has no images in val.txt",
-        "class 11 has no images in val.txt",
-    ]
-    assert problems[4] == "class 12 has no images in val.txt"
-    assert problems[5] == f"cannot read the image {images / names[1]}: No such file or directory"
-    assert problems[6].startswith(f"the image {images / names[2]} is damaged: Corrupt JPEG data")
-    assert problems[8] == f"{val[0]} of val.txt shows the same as {names[3]} of train.txt"
-    assert out[-1] == "9 problems" and len(problems) == 9
-
-
-def test_the_audit_tells_of_missing_files(tmp_path, capsys):
-    status, out, _ = run(capsys, logs, tmp_path / "nowhere", "--check-data")
-    missing = f"problem: there is no folder {tmp_path / 'nowhere'}; "
-    assert status == 1 and sum(line.startswith(missing) for line in out) == 2
-
-
 def test_a_loss_that_is_not_finite_names_its_batch(data, logs, capsys):
     """Lines are printed at steps 0 and 10 alone; it happens between them."""
     names = training_images(data)

@@ -1,4 +1,4 @@
-"""Augmentation: each class against its law, the fused sequences against the step-by-step ones."""
+"""Augmentation: each class against its distribution, fused sequences against step by step."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_scale_is_bilinear_and_the_same_every_time():
 def test_center_crop_cuts_the_middle():
     img = noise(11, 20)
     assert np.array_equal(CenterCrop((6, 5))(img), img[3:8, 7:13])
-    with pytest.raises(ValueError, match="cannot cut 12x12 out of an image of 20x11"):
+    with pytest.raises(ValueError, match="cannot crop 12x12 from an image of 20x11"):
         CenterCrop(12)(img)
 
 

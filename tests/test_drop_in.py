@@ -52,3 +52,16 @@ def test_our_files_work_under_the_courses_driver(tmp_path, sample_root):
     shutil.copy(COURSE / "course_driver.py", tmp_path)
     lines = run(tmp_path, "course_driver.py", sample_root).split("\n")[:3]
     assert lines == [f"{name} True 0.1 3" for name in ("cnn", "custom", "vit")]
+
+
+def test_our_files_work_under_the_driver_of_2022(tmp_path, sample_root):
+    """Over a custom_blocks.py without the three classes that later editions leave to students."""
+    for pattern in OWN:
+        for file in CODE.glob(pattern):
+            shutil.copy(file, tmp_path)
+    blocks = (CODE / "custom_blocks.py").read_text().split("class Attention")[0]
+    blocks = blocks.split("__all__")[0] + blocks[blocks.index("class PatchEmbed") :]
+    (tmp_path / "custom_blocks.py").write_text(blocks)
+    shutil.copy(COURSE / "course_driver_2022.py", tmp_path)
+    out = run(tmp_path, "course_driver_2022.py", sample_root)
+    assert out.split("\n")[0] == "True (4, 1, 128, 128) 3"

@@ -130,7 +130,7 @@ def test_the_command_twice(run, tmp_path):
     assert first == (0, f"{folder}: 10 categories of 2 + 1 images\n", "")
     before = digest(folder), (folder / "train.txt").stat().st_mtime_ns
     second = run(folder, "--train", 2, "--val", 1)
-    assert second == (0, f"{folder} is there already; remove it to draw it anew\n", "")
+    assert second == (0, f"{folder} exists already; remove it to draw it again\n", "")
     assert (digest(folder), (folder / "train.txt").stat().st_mtime_ns) == before
     assert os.listdir(folder.parent) == ["sample"]
 

@@ -136,11 +136,11 @@ def whole(sample_root, tmp_path_factory):
 
 
 KILLS = {  # two steps an epoch, a save after each and one at its end, where the best is saved, too
-    "no worker": [("checkpoint", "save", 4), ("trainer", "evaluate", 1), ("file", "_link", 2)],
+    "no worker": [("checkpoint", "save", 2), ("trainer", "evaluate", 1), ("file", "_link", 2)],
     "2 workers": [("file", "_sync_folder", 3)],
     "adversarial": [("logger", "log_epoch", 1)],
     "vit": [("logger", "log_step", 3)],
-    "mean of weights": [("checkpoint", "save", 4), ("trainer", "evaluate", 1)],
+    "mean of weights": [("checkpoint", "save", 2), ("trainer", "evaluate", 1)],
 }
 OTHERWISE = {  # how the last part is run, where not as the others; it changes no bit
     "no worker": ["-j=1", "--cache=ram"],

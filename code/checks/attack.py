@@ -55,6 +55,7 @@ class Attack(NamedTuple):
     steps: int = 10
     size: float = 0.01
     eps: float = 0.1
+    batch: int = 0  # that the loss is a mean over; 0: the images here
 
 
 # ---- The network -----------------------------------------------------------------------------
@@ -151,13 +152,14 @@ def pgd(
     steps: int | None = None,
 ) -> Tensor:
     """The assignment's attack (Kurakin et al., 2017); the keywords make it another, or wrong."""
-    net, x, total = fresh_model(), attack.x, 0.0
+    net, x, total = fresh_model().requires_grad_(False), attack.x, 0.0
     size, eps = attack.size * scale, attack.eps * scale
     x_adv, label = x, pick(net(x)).detach()
     for _ in range(attack.steps if steps is None else steps):
         point = (x if at_clean else x_adv).detach().requires_grad_(True)
         logits = net(point)
-        loss = F.cross_entropy(logits, pick(logits) if again else label)
+        loss = F.cross_entropy(logits, pick(logits) if again else label, reduction="sum")
+        loss = loss / (attack.batch or len(x))
         (gradient,) = torch.autograd.grad(loss, point)
         total = gradient + (total if accumulate else 0.0)
         x_adv = x_adv.detach() + sign * size * step(total)
@@ -214,13 +216,13 @@ def likely_mistake(found: Tensor, attack: Attack) -> str:
     """The hint of the wrong attack that gives what was found, with a fixed label or a new one."""
     if unmoved(found, attack):
         return NOTHING_MOVED
-    few = attack._replace(x=attack.x[:8])
+    few = attack._replace(x=attack.x[:3], batch=len(attack.x))
     rights = [pgd(few, again=again) for again in (False, True)]
     for hint, kwargs in wrong_attacks():
         for again in (False, True):
             candidate = pgd(few, again=again, **kwargs)
             new = not any(same(candidate, right) for right in rights)
-            if new and same(found[:8], candidate):
+            if new and same(found[:3], candidate):
                 return hint
     return ""
 
@@ -305,7 +307,7 @@ def judge_direction(inputs: list[Attack], findings: Findings) -> list[str]:
     clean, after, right = target_losses(attack, attack.x, found, pgd(attack))
     rises = (~(after < clean)).nonzero().flatten().tolist()
     fall, wanted = (clean - after).mean().item(), (clean - right).mean().item()
-    if not (len(rises) <= 0.1 * len(clean) and fall > 0.5 * wanted):
+    if not (len(rises) <= 0.25 * len(clean) and fall > 0.5 * wanted):
         i = rises[0] if rises else 0
         raise failed(
             f"the loss of the least likely label does not fall as in PGD: it rises in {len(rises)} "
@@ -428,7 +430,8 @@ def judge_iterates(inputs: list[Attack], findings: Findings) -> None:
     if any(same(found, pgd(attack, again=a, clamp=c)) for a in (False, True) for c in clamps):
         return
     path = [x for x in one["iterates"] if x.shape == found.shape] + [found]
-    right = sum(follows(attack, *pair) for pair in zip(path, path[1:], strict=False))
+    steps = zip(path, path[1:], strict=False)
+    right = sum(follows(attack, path[0], x, after) for x, after in steps)
     if right < attack.steps - 1:
         raise failed(
             f"{right} of {attack.steps} iterates follow from the one before by a step against the "
@@ -438,10 +441,13 @@ def judge_iterates(inputs: list[Attack], findings: Findings) -> None:
         )
 
 
-def follows(attack: Attack, x: Tensor, after: Tensor) -> bool:
-    """Whether `after` is one step from `x`, for a fixed label or that of `x`, projected or not."""
-    net = fresh_model()
-    targets = [net(v).argmin(1) for v in (attack.x, x)]
+def follows(attack: Attack, start: Tensor, x: Tensor, after: Tensor) -> bool:
+    """Whether `after` is one step from `x`, projected or not.
+
+    The label is that of the clean image, of the start, or of `x`.
+    """
+    net = fresh_model().requires_grad_(False)
+    targets = [net(v).argmin(1) for v in (attack.x, start, x)]
     for target in targets:
         point = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(net(point), target), point)
@@ -565,7 +571,7 @@ CHECKS = (
         "approaches the least likely label",
         probe_attacks,
         judge_direction,
-        "the loss of the label that is least likely for the clean image falls in nine of ten "
+        "the loss of the label that is least likely for the clean image falls in three of four "
         f"images, and on average half as far as under our PGD ({HANDOUT})",
         direction_attacks,
     ),

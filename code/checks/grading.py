@@ -249,11 +249,12 @@ def plain(value: object) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor):
-        if value.numel() > MAX_NUMEL:
-            raise CheckFailed(f"a tensor of shape {size(value)} is too large")
-        dense = value.detach().as_subclass(Tensor)
-        dense = dense.to_dense() if dense.layout != torch.strided else dense
-        return dense.cpu().contiguous().clone()
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass may answer for itself
+            if value.numel() > MAX_NUMEL:
+                raise CheckFailed(f"a tensor of shape {size(value)} is too large")
+            dense = value.detach().as_subclass(Tensor)
+            dense = dense.to_dense() if dense.layout != torch.strided else dense
+            return dense.cpu().contiguous().clone()
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -78,7 +78,7 @@ def import_records() -> ModuleType:
 
 def read_run(records: ModuleType, folder: Path) -> TrainedRun:
     """One folder."""
-    run = records.read_run(folder, folder.name)
+    run = records.read_run(folder)
     rows = [row for row in run.evaluations if "attacked_top1" in row]
     arguments = run.config.get("arguments") or {}
     known = {"pgd", "at"} & arguments.keys()

@@ -218,8 +218,8 @@ class AugmentedBatches:
 
     Yields float images in [0, 1], (size, 3, H, W), and labels (size,).
 
-    The order and the augmentation of an epoch follow from (seed, epoch). The last partial batch is
-    dropped, unless it is the only one.
+    The order of an epoch follows from (seed, epoch), the augmentation of an image from (seed,
+    epoch, index). The last partial batch is dropped, unless it is the only one.
     """
 
     def __init__(self, images: Images, size: int, seed: int):
@@ -229,21 +229,31 @@ class AugmentedBatches:
         return max(1, len(self.images) // self.size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        order = torch.randperm(len(self.images), generator=generator)
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(self.epoch,))
+        rng, n = np.random.default_rng(sequence), len(self.images)
+        order = torch.from_numpy(rng.permutation(n))
+        # by image, not by place in the order
+        shifts = torch.from_numpy(rng.integers(2 * _padding(self.images.x) + 1, size=(n, 2)))
+        flips = torch.from_numpy(rng.random(n) < 0.5)
         for i in range(len(self)):
-            chosen = self.images.take(order[i * self.size : (i + 1) * self.size])
-            yield as_pixels(crop_and_flip(chosen.x, generator)), chosen.y
+            chosen = order[i * self.size : (i + 1) * self.size]
+            images = self.images.take(chosen)
+            x = shift_and_flip(images.x, shifts[chosen], flips[chosen])
+            yield as_pixels(x), images.y
 
 
-def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image (N, C, H, W) by up to an eighth, over black; mirror one in two."""
+def _padding(x: Tensor) -> int:
+    return x.shape[2] // 8
+
+
+def shift_and_flip(x: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Crop each image (N, C, H, W) from its black-padded self, and flip it or not.
+
+    shifts: int64 (N, 2), top and left of the crops, from 0 to 2 * (H // 8); flips: bool (N,).
+    """
     N, C, H, W = x.shape
-    pad = H // 8
-    padded = F.pad(x, (pad,) * 4)
-    top, left = torch.randint(2 * pad + 1, (2, N, 1), generator=generator)
-    rows, cols = top + torch.arange(H), left + torch.arange(W)  # (N, H), (N, W)
-    flip = torch.rand(N, 1, generator=generator) < 0.5
-    cols = torch.where(flip, cols.flip(1), cols)
+    padded = F.pad(x, (_padding(x),) * 4)
+    rows, cols = shifts[:, :1] + torch.arange(H), shifts[:, 1:] + torch.arange(W)  # (N, H), (N, W)
+    cols = torch.where(flips[:, None], cols.flip(1), cols)
     n, c = torch.arange(N).view(N, 1, 1, 1), torch.arange(C).view(1, C, 1, 1)
     return padded[n, c, rows.view(N, 1, H, 1), cols.view(N, 1, 1, W)]

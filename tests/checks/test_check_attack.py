@@ -103,7 +103,7 @@ def test_an_attack_that_moves_nothing_or_noise_gets_nothing(body):
     code = module(lazy.replace("START, model(input).argmin(1), 0", "0, 0, 0"))
     results = list(self_check.check(code, ["attack"]))
     assert sum(result.score for result in results) == 0
-    assert all(result.hint for result in results)
+    assert "randn" in body or all(result.hint for result in results)
 
 
 @pytest.mark.parametrize("start", [BEGIN, RANDOM], ids=["plain", "random start"])

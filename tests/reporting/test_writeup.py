@@ -1,7 +1,6 @@
 """The write-up: what is filled, what is named as missing, what stays."""
 
 import re
-import shutil
 
 import pytest
 
@@ -67,4 +66,3 @@ def test_a_folder_that_is_no_run_is_a_box_and_the_rest_is_made(our_run, tmp_path
     bad.mkdir()
     assert report.main(["--writeup", str(bad), str(our_run), "--out", str(out)]) == 0
     assert "it is no run folder" in (out / "writeup.md").read_text()
-    shutil.rmtree(out)

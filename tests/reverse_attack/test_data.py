@@ -114,9 +114,26 @@ def test_each_epoch_shows_every_image_once_shifted_or_mirrored():
     assert sorted(orders[0]) == [*range(10)] and orders[0] == orders[2] != orders[1]
 
 
-def test_the_same_augmentation_from_the_same_seed_and_epoch(root):
+def test_an_images_augmentation_follows_from_seed_epoch_and_index(root):
+    """Not from the batch that it lands in."""
     images = list_images("cifar10", root, "train").sample(0)
-    first, again = (torch.cat([x for x, _ in AugmentedBatches(images, 5, 3)]) for _ in range(2))
-    assert torch.equal(first, again)
-    mirrored = data.crop_and_flip(images.x, torch.Generator().manual_seed(0))
-    assert mirrored.shape == images.x.shape and mirrored.dtype == torch.uint8
+    images.y = torch.arange(len(images))
+
+    def augmented(size, seed=3, epoch=1):
+        batches = AugmentedBatches(images, size, seed)
+        batches.epoch = epoch
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        return x[y.argsort()]
+
+    assert torch.equal(augmented(5), augmented(25))
+    assert not torch.equal(augmented(5), augmented(5, seed=4))
+    assert not torch.equal(augmented(5), augmented(5, epoch=2))
+
+
+def test_shift_and_flip_against_slices():
+    x = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    shifts, flips = torch.tensor([[2, 2], [0, 4], [3, 1]]), torch.tensor([False, False, True])
+    out = data.shift_and_flip(x, shifts, flips)
+    assert torch.equal(out[0], x[0])
+    assert torch.equal(out[1, :, 2:, :-2], x[1, :, :-2, 2:]) and not out[1, :, :2].any()
+    assert torch.equal(out[2].flip(2)[:, :-1, 1:], x[2, :, 1:, :-1])

@@ -62,12 +62,12 @@ def run_diagnostics(model: Model, x: Tensor, y: Tensor, attack: PGD) -> Iterator
         ValueError: x is empty.
     """
     attacked = accuracy_under_attack(model, attack, x, y)
-    with frozen_eval_mode(model), torch.no_grad():
-        logits = model(x)
+    yield from diagnose_network(model, x, y, attack)
+    yield from diagnose_strength(model, x, y, attack, attacked)
 
-    def left_by(other: Attack) -> float:
-        return accuracy_under_attack(model, other, x, y)
 
+def diagnose_network(model: Model, x: Tensor, y: Tensor, attack: PGD) -> Iterator[Diagnostic]:
+    """Whether inputs, gradients and outputs are such that a gradient attack can work."""
     misfit = attack.pixels.misfit(x)
     found = misfit or "the inputs are images under the stated mean and std"
     yield Diagnostic("pixel range", 100.0 * bool(misfit), bool(misfit), found, MEAN_AND_STD)
@@ -80,6 +80,17 @@ def run_diagnostics(model: Model, x: Tensor, y: Tensor, attack: PGD) -> Iterator
     found = "the same image twice gives " + ("two answers" if random else "the same answer")
     yield Diagnostic("randomness", 100.0 * random, random, found, RAND)
 
+
+def diagnose_strength(
+    model: Model, x: Tensor, y: Tensor, attack: PGD, attacked: float
+) -> Iterator[Diagnostic]:
+    """Whether other attacks are stronger than `attack`, which leaves `attacked` per cent."""
+
+    def left_by(other: Attack) -> float:
+        return accuracy_under_attack(model, other, x, y)
+
+    with frozen_eval_mode(model), torch.no_grad():
+        logits = model(x)
     steps = 4 * attack.steps
     left = left_by(replace(attack, steps=steps, early_stop=True))
     found = f"{left:.1f} left by {steps} steps, {attacked:.1f} by {attack.steps}"

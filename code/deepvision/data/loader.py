@@ -115,11 +115,14 @@ class SeededDataset(Dataset):
         return images, torch.tensor(labels)
 
     def _seed(self, key: Key) -> int:
+        """Seed the three generators for one sample; return its index."""
         epoch, index = key
-        random.seed(f"{self.seed} {epoch} {index}")  # a string is hashed: neighbours differ
-        np.random.seed(random.getrandbits(32))  # noqa: NPY002 - the generator students use
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
+        words = [int(word) for word in sequence.generate_state(4, np.uint64)]
+        random.seed(words[0] << 64 | words[1])
+        np.random.seed(words[2] >> 32)  # noqa: NPY002 - the generator students use
         # not torch.manual_seed, which would reseed the GPU as well
-        torch.default_generator.manual_seed(random.getrandbits(63))
+        torch.default_generator.manual_seed(words[3] >> 1)
         return index
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer
 from deepvision.runtime.run_dir import append_evaluation, new_run_dir, run_dir_of
 from deepvision.runtime.run_logger import make_logger
 from deepvision.training.engine import evaluate, evaluate_under_attack
-from utils import relpath
+from utils import UserError, relpath
 
 DIFFERENCE_FACTOR = 10
 CAPTIONED = 20  # images of a batch that get captions
@@ -56,15 +58,15 @@ class Evaluator:
 
     def run(self) -> int:
         """Evaluate or attack; return the exit code 0."""
-        action = self._evaluate if self.config.evaluate else self._attack
-        if self.config.attack_suite:
-            action = self._run_suite
-        if not self.logs_events:
-            action()
-            return 0
-        print(f"Pictures: tensorboard --logdir={relpath(self.logger.run_dir)}")
-        with self.logger:
-            action()
+        if self.logs_events:
+            print(f"Pictures: tensorboard --logdir={relpath(self.logger.run_dir)}")
+        with self.logger if self.logs_events else contextlib.nullcontext(), attack_errors():
+            if self.config.evaluate:
+                self._evaluate()
+            elif self.config.attack_suite:
+                self._run_suite()
+            else:
+                self._attack()
         return 0
 
     def _line_due(self, metrics: EpochMetrics) -> int | None:
@@ -220,6 +222,19 @@ class Evaluator:
             print(title, final_line(metrics), sep="\n")
             row |= {f"{name}_top1": metrics.acc1, f"{name}_top5": metrics.acc5}
         append_evaluation(self.logger.run_dir, row | more)
+
+
+@contextlib.contextmanager
+def attack_errors() -> Iterator[None]:
+    """Turn an attack's ValueError, such as for epsilon 0, into one line.
+
+    Raises:
+        UserError: instead of the ValueError.
+    """
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e)) from None
 
 
 def attack_from_config(config: RunConfig) -> PGD | None:

@@ -102,12 +102,32 @@ def load_network(
     kind: that of the caller; by default the one in the file, else the one its weights fit.
 
     Raises:
-        UserError: the weights fit no network of this code.
+        UserError: the weights are another network's, of another number of classes, or of a network
+            that this code does not know.
     """
     num_classes = num_classes or count_outputs(ckpt["state_dict"])
     kind = kind or ckpt.get("kind")
     if not isinstance(kind, str) or kind not in MODEL_REGISTRY:
         kind = infer_arch(ckpt["state_dict"], num_classes)
     model = create_model(kind, num_classes)
+    if checkpoint.state_dict_mismatch(model, ckpt["state_dict"]):
+        raise UserError(f"{path} {explain_mismatch(ckpt['state_dict'], kind, num_classes)}")
     checkpoint.load_weights(model, ckpt, path)
     return model, kind
+
+
+def explain_mismatch(state_dict: dict[str, Tensor], kind: str, num_classes: int) -> str:
+    """What these weights are, if not those of this kind of network, and what to do."""
+    outputs = count_outputs(state_dict)
+    found = infer_arch(state_dict, outputs)
+    if checkpoint.state_dict_mismatch(create_model(found, outputs), state_dict):
+        return (
+            "holds a network that this code does not know (its first weight is "
+            f"{next(iter(state_dict))}): put the student_code.py that trained it into code/"
+        )
+    if outputs != num_classes:
+        return (
+            f"holds {NETWORK_NAMES[found]} for {outputs} classes and the data folder has "
+            f"{num_classes}: use the data that it was trained on"
+        )
+    return f"holds {NETWORK_NAMES[found]}, not {NETWORK_NAMES[kind]}: leave the network's flag out"

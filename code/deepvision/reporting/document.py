@@ -35,7 +35,7 @@ MIN_SHRINK = 0.6  # a figure is drawn down to this share of its size to fit the 
 
 @dataclass
 class Text:
-    """A paragraph; style: "note" (small and grey), "warning" or "missing" (a box), "markdown"."""
+    """A paragraph; style: "note" (small and grey), "warning" or "missing" (a box)."""
 
     text: str
     style: str = ""
@@ -118,20 +118,25 @@ class Document:
         template = environment.get_template("page.html")
         return template.render(document=self, kind=lambda block: type(block).__name__, read=read)
 
+    def paper(self) -> Iterator[tuple[str, list[Block]]]:
+        """Titles and blocks of the sections that Markdown and PDF have."""
+        for section in self.sections:
+            if blocks := list(section.on("paper")):
+                yield section.title, blocks
+
     def markdown(self) -> str:
         """For a repository; refers to the files of the figures."""
         parts = [f"# {plain(self.title)}", plain(self.subtitle)]
-        for section in self.sections:
-            parts += [f"## {plain(section.title)}", *map(markdown_of, section.on("paper"))]
+        for title, blocks in self.paper():
+            parts += [f"## {plain(title)}", *map(markdown_of, blocks)]
         return "\n\n".join(parts) + "\n"
 
     def pdf(self) -> bytes:
         """A4 pages whose text can be searched and copied."""
         pages = Pages()
         pages.masthead(self.title, self.subtitle)
-        for section in self.sections:
-            blocks = list(section.on("paper"))
-            pages.heading(section.title, blocks[0] if blocks else None)
+        for title, blocks in self.paper():
+            pages.heading(title, blocks[0])
             for block in blocks:
                 pages.add(block)
         return bytes(pages.output())
@@ -190,7 +195,6 @@ class Pages(FPDF):
         self.set_margins(20, 18)
         self.set_auto_page_break(True, 20)
         self.set_draw_color(*RULE)
-        self.set_fill_color(*WARNING)
         self.add_page()
 
     def footer(self) -> None:
@@ -214,7 +218,11 @@ class Pages(FPDF):
 
     def heading(self, title: str, first: Block | None) -> None:
         """Never at the foot of a page: it stays with what follows."""
-        follows = MIN_SHRINK * self.height_of(first) + 10 if isinstance(first, Figure) else 30
+        follows = 30
+        if isinstance(first, Figure):
+            follows = MIN_SHRINK * self.height_of(first) + 10
+        elif isinstance(first, Table):
+            follows = table_height(first)
         self.keep_together(16 + follows)
         self.ln(7)
         self.type(13, bold=True)
@@ -231,12 +239,12 @@ class Pages(FPDF):
     def text_block(self, block: Text) -> None:
         note, boxed = block.style == "note", block.style in ("warning", "missing")
         self.type(*((8, GREY) if note else (9.5, INK)))
-        markdown = block.style == "markdown"
-        self.lines(4.3 if note else self.LINE, block.text, fill=boxed, markdown=markdown)
+        self.set_fill_color(*WARNING if boxed else (255,))
+        self.lines(4.3 if note else self.LINE, block.text, fill=boxed)
         self.ln(2)
 
     def table_block(self, block: Table) -> None:
-        self.keep_together(min(6.3 * (len(block.rows) + 2), 120))
+        self.keep_together(table_height(block))
         self.type(8)
         columns = len(block.head)
         first = max(0.26, 1 / columns)
@@ -276,6 +284,11 @@ class Pages(FPDF):
         self.ln(1)
         self.type(8, GREY)
         self.lines(4.3, text)
+
+
+def table_height(table: Table) -> float:
+    """About the height of a table that stays on one page, in mm; a longer one is broken."""
+    return min(6.3 * (len(table.rows) + 2), 120)
 
 
 def picture_size(file: Path) -> tuple[int, int]:

@@ -79,7 +79,7 @@ async function explore(root) {
     heat.tBodies[0].innerHTML = epsilons.map((v, e) => `<tr><th scope="row">${v}</th>${steps.map((_, s) => cell(e, s)).join("")}</tr>`).join("");
   }
   fill();
-  for (const control of [...Object.values(sliders), assignment, part("maps")]) control.addEventListener("input", show);
+  for (const control of [assignment, part("maps")]) control.addEventListener("input", show);
   for (const slider of Object.values(sliders)) slider.addEventListener("input", () => { assignment.checked = false; show(); });
   part("heat").addEventListener("click", ({ target: { dataset } }) => {
     if (!dataset.e) return;

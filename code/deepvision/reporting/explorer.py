@@ -13,9 +13,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
-from deepvision.attacks.diagnostics import accuracy
+from deepvision.attacks import PGD, accuracy_under_attack
 from deepvision.attacks.norms import InputScale
-from deepvision.attacks.pgd import PGD
 from deepvision.evaluation.pictures import normalised, overlay, pixels
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.models import student
@@ -131,14 +130,14 @@ def accuracies(a: RunAnalysis) -> dict:
     indices = np.linspace(0, count - 1, min(PROBED, count)).astype(int)
     x, y = a.images.images(indices)
     model = a.run.network
-    default = accuracy(model, default_attack(model, x), y)
+    default = accuracy_under_attack(model, None, default_attack(model, x), y)
     recorded = recorded_sweep(a.run.sweep())
     if recorded:
         return recorded | {"default": default, "default_images": len(y)}
-    rows = [[accuracy(model, x, y)] * len(STEPS)]
+    rows = [[accuracy_under_attack(model, None, x, y)] * len(STEPS)]
     for epsilon in EPSILONS[1:]:
         attacks = [replace(ATTACK, epsilon=epsilon, steps=s, early_stop=True) for s in STEPS]
-        rows.append([accuracy(model, attack.perturb(model, x, y), y) for attack in attacks])
+        rows.append([accuracy_under_attack(model, attack, x, y) for attack in attacks])
     return {"grid": rows, "images": len(y), "default": default, "default_images": len(y)}
 
 

@@ -282,8 +282,10 @@ def classes(analyses: Sequence[RunAnalysis], writer: FigureWriter) -> Section:
     for n, group in enumerate(groups.values()):
         first = next(iter(group.values()))
         missing = len(first.names) - len(first.present)
-        left_out = f" {missing} classes without validation images are left out." if missing else ""
-        caption = f"Accuracy on the validation images of each class.{left_out}"
+        missing_note = (
+            f" {missing} classes without validation images are left out." if missing else ""
+        )
+        caption = f"Accuracy on the validation images of each class.{missing_note}"
         blocks.append(writer.add(f"classes{n or ''}", figures.class_accuracy(group), caption))
     return Section("Accuracy by class", blocks)
 
@@ -384,5 +386,4 @@ def attack_explorer(a: RunAnalysis) -> Section | None:
         f"{steps} steps changes, {held} that hold. ε in 8-bit intensity levels (l_inf). The "
         "network sees the attacked image rounded to 8 bits, as shown."
     )
-    paper = Text("The page report.html has an explorer of this attack.", "note", media="paper")
-    return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption), paper])
+    return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption)])

@@ -60,6 +60,10 @@ def missing_parts(markdown: str) -> list[str]:
     """
     texts = read_places(markdown)
     lines = markdown.splitlines()
-    results = [line.removeprefix(MISSING).strip() for line in lines if line.startswith(MISSING)]
+    results = [
+        re.sub(r"\\(.)", r"\1", line.removeprefix(MISSING).strip())  # Markdown's escapes
+        for line in lines
+        if line.startswith(MISSING)
+    ]
     empty = [name for name, _ in PLACE.findall(markdown) if name not in texts]
     return results + [f"your text: {name}" for name in empty]

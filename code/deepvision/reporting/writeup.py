@@ -43,8 +43,8 @@ class Inputs:
     writer: FigureWriter
     benchmark: Path | None
 
-    def of(self, *archs: str) -> list[Run]:
-        """The runs of these networks with standard training."""
+    def of(self, *archs: str | None) -> list[Run]:
+        """The runs of these networks with standard training; None: any other network."""
         return [run for run in self.runs if run.arch in archs and not run.adversarial_mode]
 
     def analysis_of(self, run: Run) -> RunAnalysis | None:
@@ -66,13 +66,16 @@ def missing(what: str, command: str) -> Text:
 
 
 def training(
-    inputs: Inputs, archs: Sequence[str], name: str, flags: str, rows: Sequence[str] = ACCURACY
+    inputs: Inputs,
+    archs: Sequence[str | None],
+    name: str,
+    flags: str,
 ) -> list[Block]:
     """Curves, results and settings of the runs of these networks."""
     runs = inputs.of(*archs)
     if not runs:
         return [missing(f"No run of {name}.", f"python main.py ../data {flags}")]
-    blocks = [table_of(runs, {key: RESULTS[key] for key in (*rows, *SIZE)}), *settings(runs)]
+    blocks = [table_of(runs, {key: RESULTS[key] for key in (*ACCURACY, *SIZE)}), *settings(runs)]
     blocks.append(curves(inputs, runs, archs[0]))
     for run in runs:
         if run.evaluation("mirrored_top1") is None:
@@ -111,7 +114,7 @@ def custom_convolution(inputs: Inputs) -> list[Block]:
 
 
 def own_network(inputs: Inputs) -> list[Block]:
-    return training(inputs, ["scene_net"], "your own network", "--epochs=60 --use-scene-net")
+    return training(inputs, ["scene_net", None], "your own network", "--epochs=60 --use-scene-net")
 
 
 def resnet18(inputs: Inputs) -> list[Block]:
@@ -206,10 +209,18 @@ def write(
     texts, kept = old_texts(file)
     inputs = Inputs(runs, analyses, writer, benchmark)
     warning = [Text(text, "warning") for text in [sections.data_warning(runs), *problems] if text]
-    parts = [(part, part.fill(inputs)) for part in PARTS]
+    parts = [(part, fill(part, inputs)) for part in PARTS]
     write_atomically(file, as_markdown(warning, parts, texts).encode())
     write_atomically(out / f"{NAME}.pdf", as_pdf(warning, parts, texts, out))
     return [file, out / f"{NAME}.pdf", *kept]
+
+
+def fill(part: Part, inputs: Inputs) -> list[Block]:
+    """The blocks of a part, or a box that says why there are none."""
+    try:
+        return part.fill(inputs)
+    except UserError as e:
+        return [Text(str(e), "warning")]
 
 
 def old_texts(file: Path) -> tuple[dict[str, str], list[Path]]:
@@ -268,5 +279,6 @@ def text_blocks(text: str, folder: Path) -> list[Block]:
         if image and (folder / image[2]).is_file():
             blocks.append(Figure(folder / image[2], image[1], 0.7))
         else:
-            blocks.append(Text(re.sub(r"(?<!\n)\n(?![-*\d|])", " ", paragraph), "markdown"))
+            joined = re.sub(r"\n(?!\s*[-*\d|#])", " ", paragraph)  # list items stay lines
+            blocks.append(Text(re.sub(r"\*\*|__|`", "", joined)))
     return blocks

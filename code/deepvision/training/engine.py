@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def train_epoch(
     for x, y in batches:
         timer.data_ready()
         x, y = context.to_device(x, y)
-        torch.manual_seed(hash((seed, scheduler.last_epoch)))
+        torch.manual_seed(step_seed(seed, scheduler.last_epoch))
         for _ in range(objective.begin_batch(scheduler.last_epoch)):  # 1, or replays (free)
             logits, loss = objective(model, x, y)  # attacks the batch first, if it is adversarial
             optimizer.zero_grad()  # after the attack: none of its gradients may reach the step
@@ -61,6 +62,11 @@ def train_epoch(
         timer.step_done()
         if not after_step(lr):
             return
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a training step's random numbers."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def evaluate(

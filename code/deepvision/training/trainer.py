@@ -313,7 +313,7 @@ class Trainer:
         return better[self.config.best_by]
 
     def _skipped(self) -> list[str]:
-        return sorted(self.train_set.left_out + self.val_set.left_out)
+        return sorted(self.train_set.skipped + self.val_set.skipped)
 
     def _ckpt(self) -> dict:
         return {

@@ -1,0 +1,55 @@
+"""The registry: networks recognised by their weights, loaded from checkpoints, or refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from deepvision.models import registry
+from utils import UserError
+
+KINDS = ("torch_conv", "vit", "resnet18", "scene_net")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_is_recognised_by_its_weights(kind):
+    weights = registry.create_model(kind, 7).state_dict()
+    assert registry.infer_arch(weights, 7) == kind
+    model, found = registry.load_network({"state_dict": weights}, "file")
+    assert found == kind
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_the_kind_of_the_file_tells_networks_with_equal_weights_apart():
+    weights = registry.create_model("custom_conv", 7).state_dict()
+    ckpt = {"state_dict": weights, "kind": "custom_conv"}
+    assert registry.load_network(ckpt, "file")[1] == "custom_conv"
+    assert registry.load_network(ckpt, "file", kind="torch_conv")[1] == "torch_conv"
+
+
+@pytest.mark.parametrize("kind", [5, "CNN", None, ["vit"]])
+def test_an_unknown_kind_in_the_file_is_ignored(kind):
+    weights = registry.create_model("torch_conv", 7).state_dict()
+    assert registry.load_network({"state_dict": weights, "kind": kind}, "file")[1] == "torch_conv"
+
+
+def test_weights_of_another_network_are_refused_by_name():
+    stranger = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 7)).state_dict()
+    with pytest.raises(UserError, match="file holds a network that .*student_code.py"):
+        registry.load_network({"state_dict": stranger}, "file")
+    vit = registry.create_model("vit", 7).state_dict()
+    with pytest.raises(UserError, match="holds SimpleViT, not SceneNet: leave"):
+        registry.load_network({"state_dict": vit}, "file", kind="scene_net")
+    with pytest.raises(UserError, match="holds SimpleViT for 7 classes and the data folder has 9"):
+        registry.load_network({"state_dict": vit}, "file", num_classes=9)
+    with pytest.raises(UserError, match="no linear layer"):
+        registry.load_network({"state_dict": nn.Conv2d(3, 4, 3).state_dict()}, "file")
+
+
+def test_every_kind_has_a_name():
+    assert registry.NETWORK_NAMES.keys() == registry.MODEL_REGISTRY.keys()
+
+
+def test_half_precision_weights_load_as_float32():
+    weights = registry.create_model("torch_conv", 7).half().state_dict()
+    model, _ = registry.load_network({"state_dict": weights}, "file")
+    assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -1,0 +1,123 @@
+"""Settings: parsed, validated, restored on resume, given a network's defaults."""
+
+import pytest
+
+from deepvision.config import (
+    FLAGS,
+    NOT_RESTORED,
+    SETTINGS,
+    build_parser,
+    parse,
+    resolve_defaults,
+    restore,
+    setting,
+)
+from utils import UserError
+
+
+def test_every_setting_has_one_flag_with_a_sentence():
+    flags = [(setting(names), text) for group in FLAGS.values() for names, text, _ in group]
+    assert sorted(name for name, _ in flags) == sorted(SETTINGS.keys() - {"data_folder"})
+    assert all(len(text) > 10 for _, text in flags)
+    assert SETTINGS.keys() >= NOT_RESTORED
+
+
+def test_help_names_every_default():
+    text = " ".join(build_parser().format_help().split())
+    for name, default in SETTINGS.items():
+        if default not in (None, False, "") and isinstance(default, (int, float, str)):
+            assert f"default {default}" in text, name
+
+
+def test_settings_are_frozen():
+    with pytest.raises(AttributeError):
+        parse(["data"]).lr = 1.0
+
+
+@pytest.mark.parametrize("words", [["--use-vit"], ["--use_vit"]])
+def test_underscores_in_flags_are_hyphens(words):
+    assert parse(["data", *words]).network == "vit"
+
+
+def test_a_value_keeps_its_underscores():
+    assert parse(
+        ["data", "--weights=my_file", "-a", "--resume=a_b", "--attack-goal=least_likely"][:2]
+    )
+    config = parse(["my_data", "--resume=a_b", "-a", "--attack_goal=least_likely"])
+    assert (config.data_folder, config.resume, config.attack_goal) == (
+        "my_data",
+        "a_b",
+        "least_likely",
+    )
+
+
+@pytest.mark.parametrize("spelling", ["linf", "l_inf"])
+def test_norms_have_two_spellings(spelling):
+    assert parse(["d", "-a", "--resume=x", f"--attack-norm={spelling}"]).attack_norm == "linf"
+
+
+@pytest.mark.parametrize(
+    ("words", "device"),
+    [([], "auto"), (["--gpu=-1"], "cpu"), (["--gpu=1"], "cuda:1"), (["--use-mps"], "mps")],
+)
+def test_devices(words, device):
+    assert parse(["data", *words]).device == device
+
+
+def test_defaults_depend_on_the_network_and_named_values_override_them():
+    config = resolve_defaults(parse(["data", "--use-scene-net", "--wd=0"]), "scene_net")
+    assert (config.lr, config.wd, config.cutmix) == (0.2, 0.0, 0.5)
+    assert resolve_defaults(parse(["data"]), "torch_conv").lr == 0.1
+    assert resolve_defaults(parse(["data", "--at=pgd"]), "scene_net").cutmix == 0.0
+
+
+def test_unnamed_settings_are_restored_and_named_ones_are_reported():
+    saved = resolve_defaults(parse(["data", "--lr=0.3", "--at=free", "-b=7"]), "torch_conv")
+    saved = saved.as_dict() | {"gpu": 3, "workers": 9, "evaluate": True, "resume": "old"}
+    config, changed = restore(parse(["other", "--resume=x", "--lr=0.5", "-b=7"]), saved)
+    assert (config.at, config.batch_size, config.lr) == ("free", 7, 0.5)
+    assert (config.gpu, config.resume, config.data_folder) == (None, "x", "other")
+    assert not config.evaluate and config.workers == parse(["data"]).workers
+    assert changed == {"lr": (0.3, 0.5)}
+
+
+def test_adversarial_training_can_be_turned_off_by_name():
+    saved = resolve_defaults(parse(["data", "--pgd"]), "torch_conv").as_dict()
+    assert restore(parse(["data", "--resume=x"]), saved)[0].at == "pgd"
+    config, changed = restore(parse(["data", "--resume=x", "--pgd=False"]), saved)
+    assert config.at is None and changed == {"at": ("pgd", None)}
+
+
+def test_a_named_setting_that_contradicts_a_restored_one_is_refused():
+    saved = resolve_defaults(parse(["data", "--cutmix=0.5"]), "torch_conv").as_dict()
+    with pytest.raises(UserError, match="--cutmix mixes images and --at attacks"):
+        restore(parse(["data", "--resume=x", "--at=pgd"]), saved)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": -1},
+        {"epochs": 1.5},
+        {"epochs": True},
+        {"lr": [0.1]},
+        {"lr": "fast"},
+        {"amp": "fp8"},
+        {"compile": "yes"},
+        {"save_every": "1h"},
+        {"at": "fast"},
+    ],
+    ids=str,
+)
+def test_invalid_saved_settings_are_refused(bad):
+    with pytest.raises(UserError, match=f"setting {next(iter(bad))} = .* is invalid"):
+        restore(parse(["data", "--resume=x"]), bad)
+
+
+def test_the_resume_command_can_be_pasted():
+    config = parse(["my data", "--gpu=-1", "-j", "2", "--lr=0.3"])
+    command = config.resume_command("../logs/a b/models/checkpoint.pth.tar")
+    assert command == (
+        "python main.py 'my data' '--resume=../logs/a b/models/checkpoint.pth.tar' "
+        "--gpu=-1 --workers=2"
+    )
