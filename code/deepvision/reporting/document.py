@@ -245,6 +245,7 @@ class Pages(FPDF):
 
     def table_block(self, block: Table) -> None:
         self.keep_together(table_height(block))
+        self.set_fill_color(255)  # a box before it has left its colour
         self.type(8)
         columns = len(block.head)
         first = max(0.26, 1 / columns)
