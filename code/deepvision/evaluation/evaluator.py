@@ -30,7 +30,7 @@ from deepvision.training.engine import evaluate, evaluate_under_attack
 from utils import UserError, relpath
 
 DIFFERENCE_FACTOR = 10
-CAPTIONED = 20  # images of a batch that get captions
+CAPTIONED = 6  # images of a batch that get captions, large enough to be read
 SUITE_IMAGES = 1000  # images that AutoAttack is run on, as on RobustBench
 PROBED = 100  # images that diagnostics and sweep are measured on
 
@@ -112,7 +112,7 @@ class Evaluator:
             if overlaid is not None:
                 images = pictures.overlay(pictures.pixels(x), overlaid)
                 tiles = [pictures.tile(*pair) for pair in zip(images, captions, strict=True)]
-                self.logger.add_image(f"Image/{tag}", pictures.grid(tiles, 5), step)
+                self.logger.add_image(f"Image/{tag}", pictures.grid(tiles, 3), step)
 
     # ---- -a
 
@@ -166,7 +166,7 @@ class Evaluator:
             for i in range(len(truth))
             for images, captions in columns
         ]
-        self.logger.add_image("Image/Strips", pictures.grid(tiles, 6), step)
+        self.logger.add_image("Image/Strips", pictures.grid(tiles, 3), step)
 
     def _run_suite(self) -> None:
         """Robust accuracy under AutoAttack's set; a stopped evaluation continues."""
