@@ -73,10 +73,10 @@ def city(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         width, top = rng.uniform(0.1, 0.22), rng.uniform(0.15, 0.6)
         box(img, x, top, width, 1 - top, colors[rng.integers(2, 5)])
         step = rng.uniform(0.035, 0.05)
-        for wx in np.arange(x + step / 2, x + width - step / 2, step):
-            for wy in np.arange(top + step / 2, 1, step * 1.4):
-                if rng.random() < 0.7:
-                    box(img, wx, wy, step * 0.5, step * 0.7, colors[5])
+        columns = np.arange(x + step / 2, x + width - step / 2, step)
+        for wx, wy in product(columns, np.arange(top + step / 2, 1, step * 1.4)):
+            if rng.random() < 0.7:
+                box(img, wx, wy, step * 0.5, step * 0.7, colors[5])
         x += width + rng.uniform(0, 0.03)
 
 

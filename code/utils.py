@@ -193,6 +193,7 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
+        """Forget all values."""
         self.val = self.avg = self.sum = 0.0
         self.count = 0
 
@@ -242,6 +243,7 @@ class LinearWarmupCosineAnnealingLR(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group at iteration `last_epoch`."""
         return self.rates(self.last_epoch)
 
     def rates(self, step: int) -> list[float]:

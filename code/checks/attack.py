@@ -69,6 +69,7 @@ class Network(nn.Sequential):
         self.iterates: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, CLASSES) of images (N, 3, SIZE, SIZE)."""
         if x.requires_grad and torch.is_grad_enabled():
             self.iterates.append(x.detach().clone())
         return super().forward(x)

@@ -125,10 +125,12 @@ class Result:
 
     @property
     def max_score(self) -> float:
+        """The points that count: 0 if the check was skipped."""
         return 0.0 if self.skipped else self.check.points
 
     @property
     def score(self) -> float:
+        """All points of the check, or 0."""
         return 0.0 if self.problem else self.max_score
 
 

@@ -219,9 +219,11 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports an error in one line; underscores in flags are read as hyphens."""
 
     def error(self, message: str) -> None:
+        """Print the error in one line; exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_known_args(self, args=None, namespace=None):
+        """argparse's, after `--use_vit` has become `--use-vit` (the course's spelling)."""
         if args is not None and not any("_" in flag for flag in self._option_string_actions):
             args = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in args]
         return super().parse_known_args(args, namespace)

@@ -44,6 +44,7 @@ class SceneNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of normalised images (N, 3, H, W)."""
         x = self.features(x)  # (N, C, H / 16, W / 16)
         return self.fc(self.avgpool(x).flatten(1))
 
@@ -66,6 +67,7 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H, W)."""
         return self.relu(self.shortcut(x) + self.drop_path(self.excitation(self.branch(x))))
 
 
@@ -81,6 +83,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
         z = x.mean((2, 3))  # (N, C)
         s = self.excite(self.squeeze(z).relu()).sigmoid()
         return x * s[:, :, None, None]

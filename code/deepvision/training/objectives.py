@@ -59,6 +59,7 @@ class Standard:
     criterion: Criterion = F.cross_entropy
 
     def begin_batch(self, step: int) -> int:
+        """One optimizer step per batch."""
         return 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
