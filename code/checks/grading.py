@@ -160,9 +160,8 @@ def observe(
             late = time.perf_counter() - start > WALL_FACTOR * limit
             if thread.is_alive() and (used > limit or late):
                 _interrupt(thread)
-                text = f"not done after {limit:g} s of CPU time"
-                if used <= limit:
-                    text = f"not done after {WALL_FACTOR * limit:g} s"
+                cpu, wall = f"{limit:g} s of CPU time", f"{WALL_FACTOR * limit:g} s"
+                text = f"not done after {cpu if used > limit else wall}"
                 return Observation(error=text, hint="an endless loop, or very slow", seconds=used)
         used = time.process_time() - start_cpu
         ended = found[0] if found else Observation(error="the check's thread ended early")
