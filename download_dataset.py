@@ -1,6 +1,6 @@
 """Download MiniPlaces into data/; run it as `sh download_dataset.sh`, which says how.
 
-It needs nothing but Python 3.8, and resumes where an earlier run was interrupted:
+It needs only Python 3.8, and resumes where an earlier run was interrupted:
 
 1. train.txt and val.txt from the official repository;
 2. the archive, from the first source that has it, into a .part file;
@@ -58,7 +58,7 @@ def say(text):
 
 
 def megabytes(n):
-    """n bytes in words."""
+    """n bytes as text, in MB."""
     return f"{n / 1e6:,.1f} MB"
 
 

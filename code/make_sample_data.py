@@ -327,7 +327,7 @@ def write_lines(path: Path, rows: list[str]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Draw a small data set of ten kinds of scene.")
     parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder to make")
     parser.add_argument("--train", type=positive, default=60, help="training images per category")

@@ -40,7 +40,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 class Problems:
-    """What could not be made: each is printed once and put into a box of the document."""
+    """Errors that leave a part of the report out; printed once and listed in the document."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []

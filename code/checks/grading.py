@@ -103,7 +103,7 @@ class Observation:
 
     @classmethod
     def from_dict(cls, saved: object) -> Observation:
-        """Undo `as_dict`. Whatever else a submission wrote becomes an observation with an error."""
+        """Undo `as_dict`; anything else becomes an observation with an error."""
         try:
             findings = plain(saved["findings"])
             texts = [str(saved[name])[:MAX_TEXT] for name in ("error", "hint")]
@@ -285,7 +285,7 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 def find(code: ModuleType, name: str) -> Callable:
-    """Something of the student's, by its name."""
+    """A function or class of the student's module, by its name."""
     if not hasattr(code, name):
         raise CheckFailed(f"student_code.py has no {name}")
     return getattr(code, name)

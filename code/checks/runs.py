@@ -1,4 +1,4 @@
-"""What needs a training run, graded from the folders that runs leave: ours and the course's.
+"""Checks of training runs, from their run folders: ours and the course's.
 
 Needs deepvision/, which reads event files; everything else in checks/ does not.
 """
@@ -71,8 +71,8 @@ def import_records() -> ModuleType:
         return importlib.import_module("deepvision.reporting.records")
     except ModuleNotFoundError as e:
         hint = f"no module {e.name}"
-        raise CheckFailed("grading run folders needs deepvision/ beside it", hint) from None
-    except Exception as e:  # deepvision imports the student_code.py beside it
+        raise CheckFailed("grading run folders needs deepvision/ next to it", hint) from None
+    except Exception as e:  # deepvision imports student_code.py
         raise CheckFailed(f"deepvision/ cannot be imported: {type(e).__name__}: {e}") from None
 
 

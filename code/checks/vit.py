@@ -1,4 +1,4 @@
-"""Part II: the vision transformer that trains, and networks that come back from a checkpoint."""
+"""Part II: the vision transformer in training, and networks restored from a checkpoint."""
 
 from __future__ import annotations
 

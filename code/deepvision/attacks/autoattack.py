@@ -128,7 +128,7 @@ class AutoAttack:
         progress: Progress | None = None,
         on_progress: Callable[[Progress, str], None] = lambda progress, name: None,
     ) -> Progress:
-        """Attack x (N, C, ...) with labels y (N,) and return which image fell to what.
+        """Attack x (N, C, ...) with labels y (N,) and return which image fell to which attack.
 
         progress: of an interrupted evaluation of the same images, to continue it.
         on_progress: called after each unit of work with the progress and the attack's name.

@@ -2,7 +2,7 @@
 
 Residual blocks (He et al., 2016) on maps of 32 x 32, 16 x 16 and 8 x 8, with max pooling in
 between: no convolution there skips a pixel. Each block ends with squeeze-and-excitation and, in
-training, is skipped at random. writeup/README.md tells what was measured of each of these.
+training, is skipped at random. writeup/README.md reports the gain of each of these.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SceneNet(nn.Module):
 
 
 class Block(nn.Module):
-    """relu(shortcut(x) + branch(x)): two 3 x 3 convolutions, their channels weighed."""
+    """relu(shortcut(x) + branch(x)): two 3 x 3 convolutions, then a gate on the channels."""
 
     def __init__(self, inputs: int, outputs: int, drop_path: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a number in (0, 1) that the means of all channels decide.
+    """Multiplies each channel by a gate in (0, 1), computed from the means of all channels.
 
     Hu et al., 2018, "Squeeze-and-Excitation Networks", eq. 2 to 4.
     """
@@ -98,8 +98,10 @@ def conv_bn(
 
 
 def init_weights(net: SceneNet) -> None:
-    """Kaiming's normal for convolutions; each branch starts at zero, as if its block were not
-    there (Goyal et al., 2017, section 5.1)."""
+    """Kaiming normal initialisation of convolutions; each residual branch starts at zero.
+
+    Goyal et al., 2017, section 5.1.
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

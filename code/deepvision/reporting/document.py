@@ -130,7 +130,7 @@ class Document:
                 yield section.title, blocks
 
     def markdown(self) -> str:
-        """For a repository; refers to the files of the figures."""
+        """Markdown for a repository; it refers to the PNG files of the figures."""
         parts = [f"# {plain(self.title)}", plain(self.subtitle)]
         for title, blocks in self.paper():
             parts += [f"## {plain(title)}", *map(markdown_of, blocks)]
@@ -148,7 +148,7 @@ class Document:
 
 
 def read(name: str) -> str:
-    """A file that stands next to this module."""
+    """The text of a file in the folder of this module."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
@@ -228,7 +228,7 @@ class Pages(FPDF):
         self.lines(4.6, subtitle)
 
     def heading(self, title: str, first: Block | None) -> None:
-        """Never at the foot of a page: it stays with what follows."""
+        """The title of a section, on the same page as its first block."""
         follows = 30
         if isinstance(first, Figure):
             follows = MIN_SHRINK * self.height_of(first) + 10
@@ -284,7 +284,7 @@ class Pages(FPDF):
         return min(figure.width * self.epw * height / width, self.eph - 25)
 
     def figure(self, figure: Figure) -> None:
-        """Shrunk a little where this saves a page break, which would leave the page half empty."""
+        """A figure, shrunk a little where this saves a page break."""
         width, height = picture_size(figure.file)
         room = self.eph + self.t_margin - self.y - 12
         if room < MIN_SHRINK * self.height_of(figure):

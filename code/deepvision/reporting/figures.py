@@ -17,8 +17,8 @@ from deepvision.reporting.analysis import Predictions
 from deepvision.reporting.records import Curve, Run
 
 WIDTH, DPI = 9.0, 160  # inches of a figure as wide as the text
-COLUMN = 5.2  # inches of a figure that a telephone shows whole, with letters that can be read
-PICTURE, PICTURE_DPI = 1.0, 128  # inches of a photograph: its 128 pixels are drawn one to one
+COLUMN = 5.2  # inches of a figure that is legible on a phone's screen
+PICTURE, PICTURE_DPI = 1.0, 128  # inches of an image: its 128 pixels are drawn one to one
 INK, GREY, RULE = "#202124", "#5f6368", "#dadce0"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAX_NAMED, BLOCK, SHOWN_CLASSES = 40, 16, 20
@@ -61,7 +61,7 @@ def png(figure: Figure) -> bytes:
 
 
 def colours(n: int) -> list:
-    """Colours that colour-blind readers can tell apart (Okabe & Ito, 2008), as far as they go."""
+    """n colours: up to 7 safe for colour-blind readers (Okabe & Ito, 2008), else viridis."""
     if n <= len(OKABE_ITO):
         return list(OKABE_ITO[:n])
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.95, n)))
