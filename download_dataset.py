@@ -53,7 +53,7 @@ class Dropped(Exception):
 
 
 def say(text):
-    """Print a line at once."""
+    """Print a line immediately."""
     print(text, flush=True)
 
 
@@ -273,7 +273,7 @@ def inspect(archive):
 
 
 def too_few(counts):
-    """Which splits have too few images, in words; "" if none has."""
+    """Which splits have too few images, as text; "" if none has."""
     lacking = [(s, counts[s], n) for s, n in zip(SPLITS, COUNTS) if counts[s] < n]  # noqa: B905
     return ", ".join(f"{have:,} of {n:,} for {split}" for split, have, n in lacking)
 

@@ -110,7 +110,7 @@ def drop_path(
 
 
 class DropPath(nn.Module):
-    """`drop_path` as a module: active in training mode alone."""
+    """`drop_path` as a module: active in training mode only."""
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
         super().__init__()

@@ -66,7 +66,7 @@ def server():
 
 
 def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> None:
-    """A run of main.py; `kill`: (module, function, n, signals) strikes at its call n, from 0."""
+    """A run of main.py; `kill`: (module, function, n, signals) kills at call n, from 0."""
     with open(output, "ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -214,7 +214,7 @@ def test_a_named_setting_is_changed_and_the_change_is_recorded(sample_root, tmp_
 
 
 def test_a_request_to_stop_ends_the_validation(sample_root, tmp_path, whole):
-    """At once, on machines that are taken away 30 seconds later; validation is then repeated."""
+    """Stop at once, for machines that shut down in 30 seconds; the validation is repeated later."""
     runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
     assert runs.run(kill=("trainer", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
     (folder,) = runs.folders()

@@ -501,7 +501,7 @@ def network_images(seed: int) -> Tensor:
 
 
 def probe_network(code: ModuleType, x: Tensor) -> Findings:
-    """default_cnn_model on CustomConv2d and on nn.Conv2d; a network of float32 alone in that."""
+    """default_cnn_model on CustomConv2d and on nn.Conv2d; in float32 if double fails."""
     double = attempt(both_networks, code, x.double())
     return {"double": double, "float": attempt(both_networks, code, x) if "error" in double else {}}
 

@@ -2,7 +2,7 @@
 
 A check has two halves, so that they can run in two processes:
 
-    probe(code, inputs) -> findings      runs the student's code; returns plain findings alone
+    probe(code, inputs) -> findings      runs the student's code; returns only plain findings
     judge(inputs, findings) -> remarks   computes the expected values; raises CheckFailed
 
 `inputs` are made from a seed, in each process again. Findings are tensors, numbers, strings, bools,

@@ -109,7 +109,7 @@ def network_of(folder: Path) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint, as data alone; {} if there is none that can be read."""
+    """A checkpoint, read as data only; {} if none can be read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
@@ -164,7 +164,7 @@ def judge_own(runs: Sequence[TrainedRun], _: Findings) -> None:
     """The student's network is above SimpleNet."""
     best = of(runs, "own")[0].best()
     simple = max((r.best() for r in runs if r.network == "simplenet"), default=SIMPLENET_TOP1)
-    expect(best > simple, f"the own network reaches {best:.2f} %, expected above {simple:.2f} %")
+    expect(best > simple, f"your own network reaches {best:.2f} %, expected above {simple:.2f} %")
 
 
 def judge_resnet(runs: Sequence[TrainedRun], _: Findings) -> None:

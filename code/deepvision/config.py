@@ -314,7 +314,7 @@ FLAGS: dict[str, list[Flag]] = {
         flag("--attack-eps", f"radius; default {listed(EPSILONS)}", positive),
         flag("--attack-steps", "number of steps; default 10", at_least(int, 0)),
         flag("--attack-step-size", "size of a step; default 2.5 eps / steps", positive),
-        flag("--attack-goal", "what to reach", ("untargeted", "least_likely", "random")),
+        flag("--attack-goal", "goal of the attack", ("untargeted", "least_likely", "random")),
         flag("--attack-restarts", "random starts, of which the worst counts; default 1", count),
         flag("--attack-loss", "loss to ascend; default ce", tuple(LOSSES)),
         flag("--sweep", "accuracy over a grid of eps and steps"),

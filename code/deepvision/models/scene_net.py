@@ -1,7 +1,7 @@
-"""SceneNet: our own network for scenes of 128 x 128 pixels, trained from scratch. Torch alone.
+"""SceneNet: our own network for scenes of 128 x 128 pixels, trained from scratch. Needs torch only.
 
 Residual blocks (He et al., 2016) on maps of 32 x 32, 16 x 16 and 8 x 8, with max pooling in
-between: no convolution there skips a pixel. Each block ends with squeeze-and-excitation and, in
+between: no convolution there has a stride. Each block ends with squeeze-and-excitation and, in
 training, is skipped at random. writeup/README.md reports the gain of each of these.
 """
 

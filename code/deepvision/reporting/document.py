@@ -286,11 +286,11 @@ class Pages(FPDF):
     def figure(self, figure: Figure) -> None:
         """A figure, shrunk a little where this saves a page break."""
         width, height = picture_size(figure.file)
-        room = self.eph + self.t_margin - self.y - 12
-        if room < MIN_SHRINK * self.height_of(figure):
+        available = self.eph + self.t_margin - self.y - 12
+        if available < MIN_SHRINK * self.height_of(figure):
             self.add_page()
-            room = self.eph - 12
-        drawn = min(self.height_of(figure), room)
+            available = self.eph - 12
+        drawn = min(self.height_of(figure), available)
         side = drawn * width / height
         self.image(figure.file, x=self.l_margin + (self.epw - side) / 2, w=side, h=drawn)
         self.caption(figure.caption)

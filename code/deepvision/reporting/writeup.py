@@ -239,7 +239,7 @@ def old_texts(file: Path) -> tuple[dict[str, str], list[Path]]:
         markdown = file.read_text(encoding="utf-8")
         texts = read_places(markdown)
     except (OSError, UnicodeDecodeError, ValueError) as e:
-        raise UserError(f"{relpath(file)}: {e}; mend it or move it away") from None
+        raise UserError(f"{relpath(file)}: {e}; repair it or move it away") from None
     titles = {part.title for part in PARTS}
     if was_edited(markdown) or not texts.keys() <= titles:
         edited = file.with_name(f"{NAME}_edited.md")

@@ -27,7 +27,7 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str, flag: str = "--device") -> torch.device:
     """The device called `name`: auto, cpu, mps, cuda or cuda:N.
 
-    auto is the GPU of this process's local rank, or the CPU, which is said, where there is none.
+    auto is the GPU of this process's local rank, or the CPU, with a message, if there is none.
 
     Raises:
         UserError: the name is none of these, or this machine has no such device.

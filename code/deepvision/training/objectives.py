@@ -1,4 +1,4 @@
-"""Training objectives: the loss of a batch. Torch and attacks alone.
+"""Training objectives: the loss of a batch. Needs only torch and the attacks.
 
     for _ in range(objective.begin_batch(step)):
         logits, loss = objective(model, x, y)
