@@ -1,6 +1,6 @@
 """Download MiniPlaces into data/; run it as `sh download_dataset.sh`, which says how.
 
-It needs nothing but Python 3.8, and resumes where an earlier run was interrupted:
+It needs only Python 3.8, and resumes where an earlier run was interrupted:
 
 1. train.txt and val.txt from the official repository;
 2. the archive, from the first source that has it, into a .part file;
@@ -53,12 +53,12 @@ class Dropped(Exception):
 
 
 def say(text):
-    """Print a line at once."""
+    """Print a line immediately."""
     print(text, flush=True)
 
 
 def megabytes(n):
-    """n bytes in words."""
+    """n bytes as text, in MB."""
     return f"{n / 1e6:,.1f} MB"
 
 
@@ -273,7 +273,7 @@ def inspect(archive):
 
 
 def too_few(counts):
-    """Which splits have too few images, in words; "" if none has."""
+    """Which splits have too few images, as text; "" if none has."""
     lacking = [(s, counts[s], n) for s, n in zip(SPLITS, COUNTS) if counts[s] < n]  # noqa: B905
     return ", ".join(f"{have:,} of {n:,} for {split}" for split, have, n in lacking)
 

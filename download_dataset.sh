@@ -12,7 +12,7 @@
 # `make demo` installs.
 #
 # Variables, all optional:
-#   MINIPLACES_DIR        where to put everything (default: data beside this script)
+#   MINIPLACES_DIR        where to put everything (default: data/ in the folder of this script)
 #   MINIPLACES_URLS       addresses of the archive, in order of preference
 #   MINIPLACES_DRIVE      the archive's Google Drive id, tried last ('' = do not)
 #   MINIPLACES_LABELS     address of the folder that has train.txt and val.txt

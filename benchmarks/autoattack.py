@@ -36,6 +36,7 @@ class PlainLayout(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W)."""
         x = x.clone()
         if x.requires_grad:
             x.register_hook(torch.Tensor.contiguous)

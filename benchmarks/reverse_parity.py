@@ -48,6 +48,7 @@ class PlainLayout(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, C, H, W)."""
         x = x.clone()
         if x.requires_grad:
             x.register_hook(torch.Tensor.contiguous)
@@ -123,6 +124,7 @@ def measure(args: Namespace) -> None:
 
 
 def main() -> int:
+    """Run the command; return the exit status."""
     parser = options.make_parser(__doc__.split("\n")[0], 100)
     parser.set_defaults(limit=200)
     return options.run(measure, options.parse(parser, sys.argv[1:], "reverse_parity.py"), LOGS)

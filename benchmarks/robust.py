@@ -66,8 +66,8 @@ def attacks(side: int) -> dict[str, Attack]:
 def measure(model: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> Iterator[tuple]:
     """(name, accuracy in per cent, seconds): clean, under noise, and under the attacks `names`."""
     yield "clean", accuracy_under_attack(model, None, x, y), 0.0
-    noisy = add_random_noise(x, PGD(epsilon=EPSILON, pixels=SCALE))
-    yield "noise of the same size", accuracy_under_attack(model, None, noisy, y), 0.0
+    x_noisy = add_random_noise(x, PGD(epsilon=EPSILON, pixels=SCALE))
+    yield "noise of the same size", accuracy_under_attack(model, None, x_noisy, y), 0.0
     for name, attack in attacks(x.shape[-1]).items():
         if names and name not in names:
             continue

@@ -19,7 +19,7 @@ def inscribed_size(width: int, height: int, angle: float) -> tuple[int, int]:
 
     angle: in radians. Two cases:
     1. Its four corners lie on four sides: width and height solve two linear equations.
-    2. A long thin image: two corners touch the middle of the long sides, which limits both.
+    2. A long thin image: two corners touch the midpoints of the long sides, which limits both.
     """
     sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
     short, long = min(width, height), max(width, height)

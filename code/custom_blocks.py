@@ -42,6 +42,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images `(B, in_chans, H, W)` -> one token per patch `(B, H', W', embed_dim)`."""
         return self.proj(x).permute(0, 2, 3, 1)  # (B, H', W', C)
 
 
@@ -86,6 +87,7 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens `(..., in_features)` -> `(..., out_features)`."""
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -108,7 +110,7 @@ def drop_path(
 
 
 class DropPath(nn.Module):
-    """`drop_path` as a module: active in training mode alone."""
+    """`drop_path` as a module: active in training mode only."""
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True):
         super().__init__()
@@ -116,9 +118,11 @@ class DropPath(nn.Module):
         self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(B, ...)` -> the same shape; in evaluation mode x itself."""
         return drop_path(x, self.drop_prob, self.training, self.scale_by_keep)
 
     def extra_repr(self) -> str:
+        """The text in `print(model)`."""
         return f"drop_prob={self.drop_prob:g}"
 
 
@@ -168,6 +172,7 @@ class TransformerBlock(nn.Module):
         self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens `(B, H, W, C)` -> `(B, H, W, C)`: attention, then MLP, both residual."""
         x = x + self.drop_path(self.attend(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

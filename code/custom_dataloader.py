@@ -212,6 +212,6 @@ def _shorten(text: str) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    if not os.path.isdir(folder):  # False, too, for what one may not look at
+    if not os.path.isdir(folder):  # False also where permission is denied
         raise UserError(f"there is no folder {folder}; {GET_DATA}")
     return folder

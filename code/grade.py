@@ -32,6 +32,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Refuse in one line and point to --help."""
 
     def error(self, message: str) -> None:
+        """Print the error in one line; exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 

@@ -144,7 +144,7 @@ def make_network(config: RunConfig, ckpt: dict, num_classes: int) -> tuple[torch
 def load_datasets(config: RunConfig, ckpt: dict, num_classes: int) -> list[MiniPlacesLoader]:
     """The training set, if the run trains, and the validation set, without skipped images.
 
-    A resumed run skips the images that it always did, so that it stays the same run.
+    A resumed run skips the same images as before, so that its batches stay the same.
     """
     transforms = {"train": student.train_transforms()} if config.trains else {}
     transforms["val"] = student.val_transforms()

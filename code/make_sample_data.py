@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -73,10 +74,10 @@ def city(img: np.ndarray, rng: Rng, colors: Colors) -> None:
         width, top = rng.uniform(0.1, 0.22), rng.uniform(0.15, 0.6)
         box(img, x, top, width, 1 - top, colors[rng.integers(2, 5)])
         step = rng.uniform(0.035, 0.05)
-        for wx in np.arange(x + step / 2, x + width - step / 2, step):
-            for wy in np.arange(top + step / 2, 1, step * 1.4):
-                if rng.random() < 0.7:
-                    box(img, wx, wy, step * 0.5, step * 0.7, colors[5])
+        columns = np.arange(x + step / 2, x + width - step / 2, step)
+        for wx, wy in product(columns, np.arange(top + step / 2, 1, step * 1.4)):
+            if rng.random() < 0.7:
+                box(img, wx, wy, step * 0.5, step * 0.7, colors[5])
         x += width + rng.uniform(0, 0.03)
 
 
@@ -326,7 +327,7 @@ def write_lines(path: Path, rows: list[str]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Draw a small data set of ten kinds of scene.")
     parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder to make")
     parser.add_argument("--train", type=positive, default=60, help="training images per category")

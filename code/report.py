@@ -28,6 +28,7 @@ from utils import UserError, relpath
 
 
 def parse(argv: list[str] | None) -> Namespace:
+    """Read the command line; a wrong flag ends the program with one line and status 2."""
     parser = OneLineParser(description="Turn run folders into a page, Markdown, a PDF and figures.")
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, logs/<kind>_exp_<date>")
@@ -39,21 +40,28 @@ def parse(argv: list[str] | None) -> Namespace:
 
 
 class Problems:
-    """What could not be made: each is printed once and put into a box of the document."""
+    """Errors that leave a part of the report out; printed once and listed in the document."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def add(self, error: UserError, label: str = "") -> None:
+        """Print an error once, after the label of its run, and keep it for the document."""
         self.lines.append(f"{label}: {error}" if label else str(error))
         print(self.lines[-1])
 
     def section(self) -> list[Section]:
+        """The section with one warning per problem; [] if there is none."""
         boxes = [Text(line, "warning") for line in self.lines]
         return [Section("Left out", boxes)] if boxes else []
 
 
 def report(args: Namespace) -> None:
+    """Write the report, or with --writeup the write-up, of the runs named.
+
+    Raises:
+        UserError: no run can be read, or a file cannot be written.
+    """
     problems = Problems()
     runs = read_runs(args.runs, problems.add)
     out = args.out or (
@@ -117,6 +125,11 @@ def from_images(analyses: Sequence[RunAnalysis], writer: sections.FigureWriter) 
 
 
 def make_folder(out: Path) -> None:
+    """Make a folder with its parents.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -124,6 +137,7 @@ def make_folder(out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return the exit status."""
     try:
         report(parse(argv))
         return 0

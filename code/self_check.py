@@ -1,4 +1,4 @@
-"""Grade the student_code.py that lies beside this file:
+"""Grade the student_code.py in the folder of this file:
 
     python self_check.py                              # what code shows: 8 of the 12 points
     python self_check.py --runs ../logs               # and what runs show: 4 points, bonus 2
@@ -6,7 +6,7 @@
     python self_check.py --explain attack             # what a check does, and why
     python self_check.py --json results.json          # for Gradescope
 
-Under a minute on a CPU. Drop this file and the folder checks/ beside any answer to the assignment:
+Under a minute on a CPU. Copy this file and the folder checks/ next to any answer to the assignment:
 torch and the answer's own imports are all they need (--runs needs deepvision/ as well). Exit status
 0 means all points of the parts asked for; a remark costs none. The answer runs in this process: it
 may fail in any way, but it could also change its marks. grade.py runs it in another one.
@@ -136,7 +136,7 @@ def explanation(words: str) -> str:
 
 @contextlib.contextmanager
 def silence() -> Iterator[TextIO]:
-    """A student's file prints nothing and reads nothing; yields the real standard output."""
+    """Silence the student's file and give it no input; yield the real standard output."""
     stdin, stdout = sys.stdin, sys.stdout
     with contextlib.ExitStack() as stack:
         sys.stdin = nothing = stack.enter_context(open(os.devnull, "r+"))
@@ -147,7 +147,7 @@ def silence() -> Iterator[TextIO]:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line; what cannot be done is refused before the work."""
+    """Read the command line; refuse what cannot be done before any check runs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be repeated")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="grade run folders: ../logs")

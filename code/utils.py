@@ -32,7 +32,7 @@ MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])")  # of a JPEG segment wi
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message is the one line they are shown."""
+    """A mistake that the user can fix; its message is the one line that is printed."""
 
 
 class DamagedImageWarning(UserWarning):
@@ -76,7 +76,7 @@ def _decode(data: bytes) -> tuple[np.ndarray, str]:
 
 
 def _decode_jpeg(data: bytes) -> tuple[np.ndarray | None, str]:
-    """As `_decode`, as stored; None if it is Pillow's to judge."""
+    """As `_decode`, as stored; None if Pillow must decide."""
     damage = ""
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
@@ -108,7 +108,7 @@ def _decode_by_pillow(data: bytes) -> np.ndarray:
         raise
     except Image.DecompressionBombError:
         raise UserError(TOO_LARGE) from None
-    except Exception:  # Pillow lets through whatever its parsers run into
+    except Exception:  # Pillow passes on any exception of its parsers
         raise UserError(UNREADABLE if data else "it is empty") from None
 
 
@@ -193,6 +193,7 @@ class AverageMeter:
         self.reset()
 
     def reset(self) -> None:
+        """Forget all values."""
         self.val = self.avg = self.sum = 0.0
         self.count = 0
 
@@ -211,7 +212,7 @@ def warmup_cosine(
 
     1. step < warmup: a line from `start` to `peak`;
     2. warmup <= step < total: half a cosine down to `end` (Loshchilov & Hutter, 2017, eq. 5);
-    3. later: `end`, for a run that goes on past its horizon.
+    3. later: `end`, for a run that continues past its horizon.
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
@@ -242,6 +243,7 @@ class LinearWarmupCosineAnnealingLR(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
+        """The learning rate of each parameter group at iteration `last_epoch`."""
         return self.rates(self.last_epoch)
 
     def rates(self, step: int) -> list[float]:

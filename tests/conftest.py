@@ -13,10 +13,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tests run side by side, and a forked process would wait for its parent's other threads for ever.
+# Tests run side by side, and a forked process would wait forever for its parent's other threads.
 torch.set_num_threads(1)
 
-# A shell starts its background jobs deaf to Ctrl-C; the processes that tests start would be, too.
+# A shell starts background jobs with Ctrl-C ignored; the tests' processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -54,7 +54,7 @@ class Trap(Healthy):
 
 
 class Stubborn(Healthy):
-    """Answers 0 whatever it sees."""
+    """Predicts class 0 for every image."""
 
     def forward(self, x):
         return 1e-3 * super().forward(x) + torch.eye(CLASSES)[0]

@@ -10,7 +10,7 @@ import pytest
 
 CODE = Path(__file__).resolve().parents[1] / "code"
 
-# Lowest first. A module imports modules of its own level and of lower ones, and no circle.
+# Lowest first. A module imports from its level and from lower ones, without cycles.
 LEVELS = [
     ["utils", "custom_affine", "custom_transforms", "custom_dataloader", "custom_blocks"],
     ["student_code", "deepvision.attacks"],
@@ -27,7 +27,7 @@ LEVELS = [
 # The commands, which nothing imports
 COMMANDS = {"main", "report", "grade", "make_sample_data", "download_dataset"}
 COMMANDS |= {f"reverse_attack.{n}" for n in ("train", "attack", "inference", "evaluate", "figures")}
-STANDALONE = ("self_check", "checks", "test_conv", "grade", "grader")  # beside any answer
+STANDALONE = ("self_check", "checks", "test_conv", "grade", "grader")  # run next to any answer
 TORCH_ALONE = ("student_code", "custom_blocks", "deepvision.attacks")
 
 

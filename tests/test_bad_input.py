@@ -303,7 +303,7 @@ def test_a_worker_that_dies_is_one_line(sample_root, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm is Linux's")
 def test_a_full_dev_shm_is_one_line(sample_root, tmp_path):
-    """In a mount name space of its own, where /dev/shm holds less than one batch."""
+    """In a separate mount namespace, where /dev/shm holds less than one batch."""
     tree = shutil.copytree(CODE, tmp_path / "code")
     words = [sys.executable, "main.py", str(sample_root), "--gpu=-1", "-j=2", "-b=16"]
     mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'

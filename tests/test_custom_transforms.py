@@ -57,7 +57,7 @@ def noise(height, width, seed=0):
 
 
 def position_image(width=128, height=128, scale=1.5):
-    """A picture that tells where each pixel came from: red = scale * x, green = scale * y."""
+    """An image that encodes where each pixel came from: red = scale * x, green = scale * y."""
     y, x = np.mgrid[:height, :width] + 0.5
     return np.round(np.stack([x, y, 0 * x], 2) * scale).astype(np.uint8)
 

@@ -42,10 +42,10 @@ class Site:
         self.ranges = True
         self.shift = 0  # answer a range that begins so many bytes too early
         self.extra = 0  # bytes promised, never sent
-        self.length = True  # tell Content-Length
+        self.length = True  # send Content-Length
         self.etag: str | None = '"1"'
         self.status = 200
-        self.stall = 0.0  # seconds of silence, once, in the middle of a reply
+        self.stall = 0.0  # seconds of silence, once, within a reply
         self.rate = 0  # bytes a second, 0 = at once
         self.requests: list[tuple[str, str | None]] = []
         self.sent = 0
@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 def start(data: Path, site: Site | None, **changes: str) -> subprocess.Popen:
-    """Start the script; without a site there is nobody at the other end."""
+    """Start the script; without a site there is no server."""
     url = site.url if site else f"http://127.0.0.1:{free_port()}"
     settings = {
         "PYTHON": sys.executable,

@@ -1,4 +1,4 @@
-"""main.py as its users run it: whole runs in processes of their own, on the drawn sample data."""
+"""main.py as its users run it: whole runs in separate processes, on the drawn sample data."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CPU = ["--gpu=-1", "-j", "1", "-p", "2", "-b", "16"]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of code/ with empty logs beside it, so that runs do not end up in the checkout."""
+    """A copy of code/ with an empty logs/ next to it, so that no run is in the checkout."""
     root = tmp_path_factory.mktemp("tree")
     shutil.copytree(CODE, root / "code", ignore=shutil.ignore_patterns("__pycache__"))
     return root

@@ -1,4 +1,4 @@
-"""PGDAttack and vis_grid of student_code.py, against a plain loop, and what they leave behind."""
+"""PGDAttack and vis_grid of student_code.py, against a plain loop, and their side effects."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_label_stays_fixed_when_another_becomes_least_likely():
     fixed = plain_loop(net, x, least, -1, **kwargs)
     repicked = plain_loop(net, x, least, -1, **kwargs, repick=True)
     torch.testing.assert_close(x_adv, fixed, atol=1e-9, rtol=0)
-    assert not torch.allclose(fixed, repicked, atol=0.1)  # else this test could not tell
+    assert not torch.allclose(fixed, repicked, atol=0.1)  # else this test would show nothing
     assert (net(x_adv).argmax(1) == least).float().mean() > (
         (net(repicked).argmax(1) == least).float().mean()
     )

@@ -1,6 +1,6 @@
-"""Runs that are killed at chosen points and resumed end like one that nobody touched, bit by bit.
+"""Runs that are killed at chosen points and resumed end bit by bit like an uninterrupted run.
 
-Each run is main.py in a process of its own, forked from a server that has it imported, with small
+Each run is main.py in a separate process, forked from a server that has it imported, with small
 networks: benchmarks/torture.py takes the real ones and random moments.
 """
 
@@ -66,7 +66,7 @@ def server():
 
 
 def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> None:
-    """A run of main.py; `kill`: (module, function, n, signals) strikes at its call n, from 0."""
+    """A run of main.py; `kill`: (module, function, n, signals) kills at call n, from 0."""
     with open(output, "ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -121,7 +121,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def whole(sample_root, tmp_path_factory):
-    """The final state of each variant when nobody kills it, made when asked for."""
+    """The final state of each variant without a kill, made when asked for."""
     states = {}
 
     def state(variant: str) -> dict:
@@ -214,7 +214,7 @@ def test_a_named_setting_is_changed_and_the_change_is_recorded(sample_root, tmp_
 
 
 def test_a_request_to_stop_ends_the_validation(sample_root, tmp_path, whole):
-    """At once, on machines that are taken away 30 seconds later; validation is then repeated."""
+    """Stop at once, for machines that shut down in 30 seconds; the validation is repeated later."""
     runs = Runs(sample_root, tmp_path, VARIANTS["no worker"])
     assert runs.run(kill=("trainer", "evaluate", 1, signal.SIGTERM)) == 143, runs.text()
     (folder,) = runs.folders()
@@ -264,7 +264,7 @@ def test_two_processes_do_not_write_to_one_run(sample_root, tmp_path, whole):
     assert runs.run("--resume=auto") == 1
     assert re.search(r"^error: another process writes to \S+: wait for it", runs.text(), re.M)
     assert final_state(runs.folders()[0]) == before
-    first.kill()  # its workers go on for some seconds
+    first.kill()  # its workers live on for some seconds
     first.join()
     assert runs.run("--resume=auto") == 0, runs.text()
     assert final_state(runs.folders()[0]) == whole("2 workers")
@@ -304,7 +304,7 @@ def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):
 
 @pytest.mark.parametrize("hours", [-1, 0, 1])
 def test_points_are_purged_on_a_machine_whose_clock_is_wrong(tmp_path, monkeypatch, hours):
-    """A run cut after step 5 goes on at step 3, on another machine."""
+    """A run cut after step 5 resumes at step 3, on another machine."""
     for first, begun in ((0, 1e9), (3, 1e9 + 3600 * hours)):
         monkeypatch.setattr(event_file, "time", SimpleNamespace(time=lambda begun=begun: begun))
         file = event_file.EventFile(tmp_path, first or None)

@@ -75,7 +75,7 @@ def test_the_untouched_skeleton_gets_nothing():
 
 @pytest.fixture
 def tree(tmp_path):
-    """self_check.py and checks/ beside another's answer."""
+    """self_check.py and checks/ next to another answer."""
     shutil.copy(ROOT / "code" / "self_check.py", tmp_path)
     shutil.copytree(ROOT / "code" / "checks", tmp_path / "checks")
     shutil.copy(ROOT / "code" / "custom_blocks.py", tmp_path)

@@ -209,7 +209,7 @@ def test_a_file_that_was_cut_off_is_refused_wherever_it_was_cut(tmp_path, suffix
     data = by_pillow(NOISE, {".jpg": "JPEG", ".tiff": "TIFF"}.get(suffix, suffix[1:].upper()))
     whole = load_image(saved(tmp_path, data))
     for length in [*range(0, len(data), max(1, len(data) // 60)), len(data) - 1]:
-        # a download that had reserved its space is full of zeros; some formats cannot tell
+        # a download that had reserved its space is full of zeros; some formats do not show it
         for padding in (b"", bytes(200))[: 1 + (suffix in (".jpg", ".png"))]:
             path = saved(tmp_path, data[:length] + padding)
             try:

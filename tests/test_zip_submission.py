@@ -1,4 +1,4 @@
-"""zip_submission.py, run in a project of its own with traps in it; the zip is opened and read."""
+"""zip_submission.py, run in a separate project with traps in it; the zip is opened and read."""
 
 from __future__ import annotations
 

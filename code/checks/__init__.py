@@ -1,1 +1,1 @@
-"""The checks of self_check.py, one file for each part of the assignment. Torch alone."""
+"""The checks of self_check.py, one file for each part of the assignment. They need only torch."""

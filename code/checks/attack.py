@@ -62,13 +62,14 @@ class Attack(NamedTuple):
 
 
 class Network(nn.Sequential):
-    """Records its inputs that want a gradient: the iterates of an attack."""
+    """Records its inputs that require a gradient: the iterates of an attack."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(*layers)
         self.iterates: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, CLASSES) of images (N, 3, SIZE, SIZE)."""
         if x.requires_grad and torch.is_grad_enabled():
             self.iterates.append(x.detach().clone())
         return super().forward(x)
@@ -459,7 +460,7 @@ def follows(attack: Attack, start: Tensor, x: Tensor, after: Tensor) -> bool:
     return False
 
 
-# ---- What is left behind ---------------------------------------------------------------------
+# ---- Side effects ----------------------------------------------------------------------------
 
 
 def state_attack(seed: int) -> Attack:
@@ -476,7 +477,7 @@ def probe_state(code: ModuleType, attack: Attack) -> Findings:
 
 
 def state_after(code: ModuleType, attack: Attack, training: bool) -> Findings:
-    """What one call of perturb leaves."""
+    """The state after one call of perturb."""
     net, given = fresh_model().train(training), attack.x.clone()
     attacker = find(code, "PGDAttack")(nn.CrossEntropyLoss(), num_steps=attack.steps)
     x_adv = attacker.perturb(net, given)
@@ -523,7 +524,7 @@ def training_attack(seed: int) -> Attack:
 
 
 def probe_training(code: ModuleType, attack: Attack) -> Findings:
-    """The parameters' gradients that an attack leaves, and which want one."""
+    """The parameters' gradients after an attack, and which parameters require one."""
     net = fresh_model()
     x_adv = perturb(code, net, attack)
     frozen = [name for name, p in net.named_parameters() if not p.requires_grad]

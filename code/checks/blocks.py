@@ -296,7 +296,7 @@ def judge_drop_path(trained: Tensor) -> None:
 def receptive_field(block: nn.Module, x: Tensor, i: int = 0, j: int = 0) -> Tensor:
     """1 for each token (H, W) that the output at (i, j) of the first image depends on, else 0."""
     x = x.clone().requires_grad_()
-    weights = torch.linspace(-1, 1.5, DIM)  # not all alike: a LayerNorm's outputs sum to nothing
+    weights = torch.linspace(-1, 1.5, DIM)  # not all equal: a LayerNorm's outputs sum to zero
     (gradient,) = torch.autograd.grad((block(x)[0, i, j] * weights).sum(), x)
     return (gradient[0].abs().sum(-1) > 0).long()
 
@@ -358,7 +358,7 @@ def probe_windowed(code: ModuleType, inputs: Windows) -> Findings:
 
 
 def judge_windowed(inputs: Windows, findings: Findings) -> list[str]:
-    """A window gives what it gives alone, to a block without windows of the same weights."""
+    """Each window gives what a block without windows, with the same weights, gives for it."""
     for x, found in zip(inputs.grids, findings["grids"], strict=True):
         y = windowed_output(x, found["y"])
         for place, right in zip(corners(x), found["windows"], strict=True):
@@ -382,7 +382,7 @@ def judge_windowed(inputs: Windows, findings: Findings) -> list[str]:
 
 
 def windowed_output(x: Tensor, finding: object) -> Tensor:
-    """The block's output; a failure is put down to the padding where there is one."""
+    """The block's output; a failure is attributed to the padding where there is one."""
     hint = PADDING if x.shape[1] % WINDOW else ""
     sizes = f"{x.shape[1]} x {x.shape[2]} tokens" + (" that need padding" if hint else "")
     try:

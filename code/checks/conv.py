@@ -74,7 +74,7 @@ class Sample(NamedTuple):
     g: Tensor  # (N, C_o, H_o, W_o), the incoming gradient
 
     def leaves(self) -> list[Tensor | None]:
-        """x, w and b, each wanting a gradient."""
+        """x, w and b, each requiring a gradient."""
         return [None if t is None else t.clone().requires_grad_() for t in (self.x, self.w, self.b)]
 
     def square(self) -> bool | None:
@@ -313,7 +313,7 @@ def probe_gradient(which: int) -> Callable[[ModuleType, Sequence[Sample]], Findi
 
 
 def backward(code: ModuleType, one: Sample, which: int, alone: bool = False) -> Tensor | None:
-    """The gradient that autograd gives; `alone`: no other tensor wants one."""
+    """The gradient that autograd gives; `alone`: no other tensor requires one."""
     tensors = one.leaves()
     if alone:
         tensors = [t if i == which else t.detach() for i, t in enumerate(tensors)]
@@ -501,7 +501,7 @@ def network_images(seed: int) -> Tensor:
 
 
 def probe_network(code: ModuleType, x: Tensor) -> Findings:
-    """default_cnn_model on CustomConv2d and on nn.Conv2d; a network of float32 alone in that."""
+    """default_cnn_model on CustomConv2d and on nn.Conv2d; in float32 if double fails."""
     double = attempt(both_networks, code, x.double())
     return {"double": double, "float": attempt(both_networks, code, x) if "error" in double else {}}
 

@@ -2,7 +2,7 @@
 
 A check has two halves, so that they can run in two processes:
 
-    probe(code, inputs) -> findings      runs the student's code; returns plain findings alone
+    probe(code, inputs) -> findings      runs the student's code; returns only plain findings
     judge(inputs, findings) -> remarks   computes the expected values; raises CheckFailed
 
 `inputs` are made from a seed, in each process again. Findings are tensors, numbers, strings, bools,
@@ -103,7 +103,7 @@ class Observation:
 
     @classmethod
     def from_dict(cls, saved: object) -> Observation:
-        """Undo `as_dict`. Whatever else a submission wrote becomes an observation with an error."""
+        """Undo `as_dict`; anything else becomes an observation with an error."""
         try:
             findings = plain(saved["findings"])
             texts = [str(saved[name])[:MAX_TEXT] for name in ("error", "hint")]
@@ -125,10 +125,12 @@ class Result:
 
     @property
     def max_score(self) -> float:
+        """The points that count: 0 if the check was skipped."""
         return 0.0 if self.skipped else self.check.points
 
     @property
     def score(self) -> float:
+        """All points of the check, or 0."""
         return 0.0 if self.problem else self.max_score
 
 
@@ -158,9 +160,8 @@ def observe(
             late = time.perf_counter() - start > WALL_FACTOR * limit
             if thread.is_alive() and (used > limit or late):
                 _interrupt(thread)
-                text = f"not done after {limit:g} s of CPU time"
-                if used <= limit:
-                    text = f"not done after {WALL_FACTOR * limit:g} s"
+                cpu, wall = f"{limit:g} s of CPU time", f"{WALL_FACTOR * limit:g} s"
+                text = f"not done after {cpu if used > limit else wall}"
                 return Observation(error=text, hint="an endless loop, or very slow", seconds=used)
         used = time.process_time() - start_cpu
         ended = found[0] if found else Observation(error="the check's thread ended early")
@@ -284,7 +285,7 @@ def describe(error: BaseException) -> tuple[str, str]:
 
 
 def find(code: ModuleType, name: str) -> Callable:
-    """Something of the student's, by its name."""
+    """A function or class of the student's module, by its name."""
     if not hasattr(code, name):
         raise CheckFailed(f"student_code.py has no {name}")
     return getattr(code, name)

@@ -1,4 +1,4 @@
-"""What needs a training run, graded from the folders that runs leave: ours and the course's.
+"""Checks of training runs, from their run folders: ours and the course's.
 
 Needs deepvision/, which reads event files; everything else in checks/ does not.
 """
@@ -71,8 +71,8 @@ def import_records() -> ModuleType:
         return importlib.import_module("deepvision.reporting.records")
     except ModuleNotFoundError as e:
         hint = f"no module {e.name}"
-        raise CheckFailed("grading run folders needs deepvision/ beside it", hint) from None
-    except Exception as e:  # deepvision imports the student_code.py beside it
+        raise CheckFailed("grading run folders needs deepvision/ next to it", hint) from None
+    except Exception as e:  # deepvision imports student_code.py
         raise CheckFailed(f"deepvision/ cannot be imported: {type(e).__name__}: {e}") from None
 
 
@@ -109,7 +109,7 @@ def network_of(folder: Path) -> str:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint, as data alone; {} if there is none that can be read."""
+    """A checkpoint, read as data only; {} if none can be read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
@@ -149,10 +149,11 @@ def judge_custom(runs: Sequence[TrainedRun], _: Findings) -> None:
             return
         lines.append(f"{run.name} reaches {early:.2f} % in {CUSTOM_EPOCHS} epochs")
         for other in (r for r in runs if r.network == "simplenet"):
-            if max(other.top1) == max(run.top1):
-                if run.best() >= other.best() - CUSTOM_GAP:
-                    return
-                lines.append(f"{other.name} {other.best():.2f} %, {run.name} {run.best():.2f} %")
+            if max(other.top1) != max(run.top1):  # another number of epochs
+                continue
+            if run.best() >= other.best() - CUSTOM_GAP:
+                return
+            lines.append(f"{other.name} {other.best():.2f} %, {run.name} {run.best():.2f} %")
     raise CheckFailed(
         f"{'; '.join(lines)}: expected {CUSTOM_TOP1:g} % in {CUSTOM_EPOCHS} epochs, or at most "
         f"{CUSTOM_GAP:g} points below a run on nn.Conv2d with as many epochs"
@@ -163,7 +164,7 @@ def judge_own(runs: Sequence[TrainedRun], _: Findings) -> None:
     """The student's network is above SimpleNet."""
     best = of(runs, "own")[0].best()
     simple = max((r.best() for r in runs if r.network == "simplenet"), default=SIMPLENET_TOP1)
-    expect(best > simple, f"the own network reaches {best:.2f} %, expected above {simple:.2f} %")
+    expect(best > simple, f"your own network reaches {best:.2f} %, expected above {simple:.2f} %")
 
 
 def judge_resnet(runs: Sequence[TrainedRun], _: Findings) -> None:

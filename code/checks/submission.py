@@ -32,7 +32,7 @@ def project(seed: int) -> Path:
 
 
 def probe_zip(code: ModuleType | None, root: Path) -> Findings:
-    """Whatever the answer's module."""
+    """Check the project at `root`; the answer's module is not used."""
     if not (root / "zip_submission.py").is_file():
         return {"missing": True}
     return {"remarks": attempt(check_project, root)}

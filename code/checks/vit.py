@@ -1,4 +1,4 @@
-"""Part II: the vision transformer that trains, and networks that come back from a checkpoint."""
+"""Part II: the vision transformer in training, and networks restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -65,19 +65,19 @@ def train(net: nn.Module, x: Tensor, steps: int) -> None:
 def probe_shapes(code: ModuleType, x: Tensor) -> Findings:
     """Logits of a batch, of its first image alone, and of the batch once more."""
     net = build(code).eval()
-    return {"together": net(x[:3]), "alone": attempt(net, x[:1]), "again": net(x[:3])}
+    return {"batch": net(x[:3]), "alone": attempt(net, x[:1]), "again": net(x[:3])}
 
 
 def judge_shapes(x: Tensor, findings: Findings) -> None:
     """An image has the same logits alone, among others, and in a second run."""
-    together, alone = findings["together"], value(findings["alone"], "one image alone")
-    for found, n in ((together, 3), (alone, 1)):
+    batch, alone = findings["batch"], value(findings["alone"], "one image alone")
+    for found, n in ((batch, 3), (alone, 1)):
         shape = tuple(found.shape) if isinstance(found, Tensor) else found
         problem = f"logits of {n} images: shape {shape}, expected {(n, CLASSES)}"
         expect(shape == (n, CLASSES), problem)
     what = "the logits of an image among others, against those of it alone"
-    compare(what, together[:1], alone, tol=1e-3)
-    compare("the logits of a second run in eval mode", findings["again"], together, tol=1e-5)
+    compare(what, batch[:1], alone, tol=1e-3)
+    compare("the logits of a second run in eval mode", findings["again"], batch, tol=1e-5)
 
 
 # ---- What the logits depend on ---------------------------------------------------------------
@@ -239,7 +239,7 @@ def probe_checkpoint(code: ModuleType, x: Tensor) -> Findings:
 
 
 def save_and_load(build_network: Any, x: Tensor) -> list[Tensor]:
-    """Save the weights, load them as data alone (weights_only), put them into a new network."""
+    """Save the weights, load them as data only (weights_only), put them into a new network."""
     net = build_network(num_classes=CLASSES).eval()
     file = io.BytesIO()
     torch.save(net.state_dict(), file)

@@ -219,9 +219,11 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports an error in one line; underscores in flags are read as hyphens."""
 
     def error(self, message: str) -> None:
+        """Print the error in one line; exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def parse_known_args(self, args=None, namespace=None):
+        """argparse's, after `--use_vit` has become `--use-vit` (the course's spelling)."""
         if args is not None and not any("_" in flag for flag in self._option_string_actions):
             args = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in args]
         return super().parse_known_args(args, namespace)
@@ -312,7 +314,7 @@ FLAGS: dict[str, list[Flag]] = {
         flag("--attack-eps", f"radius; default {listed(EPSILONS)}", positive),
         flag("--attack-steps", "number of steps; default 10", at_least(int, 0)),
         flag("--attack-step-size", "size of a step; default 2.5 eps / steps", positive),
-        flag("--attack-goal", "what to reach", ("untargeted", "least_likely", "random")),
+        flag("--attack-goal", "goal of the attack", ("untargeted", "least_likely", "random")),
         flag("--attack-restarts", "random starts, of which the worst counts; default 1", count),
         flag("--attack-loss", "loss to ascend; default ce", tuple(LOSSES)),
         flag("--sweep", "accuracy over a grid of eps and steps"),

@@ -215,12 +215,22 @@ def observe_all(submission: Submission, settings: Settings) -> list[Observation]
             if imported.error:
                 text = f"importing student_code.py {imported.error}"
                 return found + [Observation(error=text, hint=imported.hint)] * len(todo)
-            try:
-                for _ in todo:
-                    found.append(worker.observation())
-            except Died as e:
-                if not (len(found) > todo.start and worker.process.returncode == 0):
-                    found.append(Observation(error=str(e)))
+            found += _collect(worker, len(todo))
+    return found
+
+
+def _collect(worker: Worker, count: int) -> list[Observation]:
+    """The observations of `count` checks; fewer if the worker dies, the last with its reason.
+
+    A worker that exits with status 0 between two checks is no error: the rest needs a new one.
+    """
+    found: list[Observation] = []
+    try:
+        for _ in range(count):
+            found.append(worker.observation())
+    except Died as e:
+        if not (found and worker.process.returncode == 0):
+            found.append(Observation(error=str(e)))
     return found
 
 

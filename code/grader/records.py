@@ -76,7 +76,7 @@ def load_record(folder: Path, submission: Submission, rubric: str, limit: float)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target and rename: a file is never there in part."""
+    """Write a temporary file, then rename it: a file is never incomplete."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

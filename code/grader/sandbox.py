@@ -4,7 +4,7 @@ Three layers, each used where the system has it:
 
 1. resource limits (POSIX): CPU time, memory, processes, size of a file;
 2. another user (if the grader is root), or a user and process namespace (Linux): the submission
-   cannot signal the processes of others, and the limit on processes counts its own alone;
+   cannot signal the processes of others, and the limit on processes counts only its own;
 3. Landlock (Linux 5.13): it writes below its own folder alone, cannot read what is hidden from it,
    and opens no TCP connection (from 6.7).
 """
@@ -53,7 +53,7 @@ def _isolations() -> Iterator[list[str]]:
         for user in (FIRST_USER + os.getpid(), 60_000 + os.getpid() % 5_000):
             drop = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
             yield [*drop, "--no-new-privs"]
-            # Python may be installed where root alone may read
+            # Python may be installed where only root may read
             read = "+dac_read_search"
             yield [*drop, "--no-new-privs", f"--inh-caps={read}", f"--ambient-caps={read}"]
     namespaces = ["unshare", "--user", "--map-current-user", "--pid", "--fork", "--kill-child"]
@@ -75,7 +75,7 @@ def weaknesses(prefix: Sequence[str]) -> list[str]:
     if not landlock_version():
         found.append("there is no Landlock: submissions can read and change files outside theirs")
     elif any(word.startswith("--ambient-caps") for word in prefix):
-        found.append("root alone can read this Python, so submissions can read root's files")
+        found.append("only root can read this Python, so submissions can read root's files")
     return found
 
 

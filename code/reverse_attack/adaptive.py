@@ -47,6 +47,7 @@ class Defended(nn.Module):
             self.seeds = itertools.repeat(fixed_seed)
 
     def forward(self, x: Tensor) -> Tensor:
+        """log p (N, K) of images (N, 3, H, W); each call takes the next `draws` seeds."""
         log_p = []
         for seed in itertools.islice(self.seeds, self.draws):
             change = self.reversal(x.detach(), seed) - x.detach()
@@ -76,6 +77,7 @@ class DefenceAware(nn.Module):
         contrastive.generator.manual_seed(ATTACKER_SEEDS * (1 + seed))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, K) of images (N, 3, H, W); stores their contrastive losses (N,)."""
         self.disagreement = self.contrastive(x)
         return self.classifier(x)
 

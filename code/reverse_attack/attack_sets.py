@@ -2,7 +2,7 @@
 
 <root>/pgd/<norm>/test_perturbed_{X,y}_<name>.npy and test_perturbed_<name>.meta.json, with the name
 <norm>_<steps>_<attack>_eps<epsilon>_<first 8 digits of the classifier's SHA-256>. Older sets are
-called <norm>_<steps>; they load as well. A set is what its .meta.json says, not what it is called.
+called <norm>_<steps>; they load as well. A set is identified by its .meta.json, not by its name.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class Head(nn.Sequential):
         )
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (..., D) to embeddings (..., E); BatchNorm sees all of them as one batch."""
         return super().forward(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
 
@@ -98,6 +99,7 @@ class ContrastiveLoss(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """The losses (N,) of images (N, 3, H, W) in [0, 1]."""
         batch = views(x, self.n_views, self.generator, self.min_crop)  # (N, V, 3, H, W)
         features = self.classifier.features(batch.flatten(0, 1)).unflatten(0, batch.shape[:2])
         bank = None if self.bank is None else self.head(self.bank)

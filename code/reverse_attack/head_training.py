@@ -20,7 +20,7 @@ from reverse_attack.data import Images, list_images
 from reverse_attack.views import MIN_CROP, views
 from utils import relpath
 
-VAL_BATCH = 512  # held-out images that are each other's negatives, whatever --batch-size
+VAL_BATCH = 512  # held-out images that are each other's negatives, for any --batch-size
 BANK = 512  # clean images whose features are the fixed negatives
 HPARAMS = ("arch", "loss", "n_views", "min_crop", "epochs", "batch_size", "lr", "optim")
 

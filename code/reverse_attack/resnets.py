@@ -39,6 +39,7 @@ class PreActBlock(nn.Module):
             setattr(self, shortcut, projection)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_planes, H, W) to (N, planes, H / stride, W / stride)."""
         h = F.relu(self.bn1(x))
         projection = getattr(self, self.shortcut_name, None)
         shortcut = x if projection is None else projection(h)
@@ -55,6 +56,7 @@ class Group(nn.Module):
         self.layer = nn.Sequential(first, *rest)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_planes, H, W) to (N, planes, H / stride, W / stride)."""
         return self.layer(x)
 
 
@@ -80,6 +82,7 @@ class WideResNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, 3, H, W) in [0, 1]."""
         h = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(F.relu(self.bn1(h)).mean((2, 3)))
 
@@ -100,6 +103,7 @@ class PreActResNet18(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, 3, H, W) in [0, 1]."""
         h = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         return self.linear(F.relu(self.bn(h)).mean((2, 3)))
 

@@ -14,7 +14,7 @@ def test_checkpoints_are_the_papers():
 
 
 def test_apgd_takes_smaller_steps_when_the_loss_stalls():
-    """On -|x - peak| steps of 2 epsilon overshoot for ever; halved ones end near every peak."""
+    """On -|x - peak| steps of 2 epsilon always overshoot; halved ones end near every peak."""
     x, peak = torch.zeros(9, 1, 1, 1), torch.linspace(-0.8, 0.8, 9)
 
     def loss(logits, y, t):

@@ -342,7 +342,7 @@ def assert_same(before: list, after: list) -> None:
 
 @pytest.fixture
 def used() -> Net:
-    """In training mode but for one layer, with a frozen parameter and gradients of its own."""
+    """In training mode but for one layer, with a frozen parameter and gradients."""
     model = Net().train()
     model.body[1].eval()
     model.body[0].bias.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""checks/blocks.py: windows and residual branches, whatever Attention computes."""
+"""checks/blocks.py: windows and residual branches, for any Attention."""
 
 from __future__ import annotations
 

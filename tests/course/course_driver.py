@@ -1,4 +1,4 @@
-"""A driver that uses the assignment's files as the course's does: by the contract's names alone.
+"""A driver that uses the assignment's files as the course's does: only by the contract's names.
 
 python course_driver.py DATA: trains a CNN, one on the custom convolution, and a ViT for a few
 steps, evaluates, attacks under no_grad, and prints one line for each.

@@ -1,4 +1,4 @@
-"""--check-data and --skip-bad-images: what is found in a spoilt data folder."""
+"""--check-data and --skip-bad-images: what is found in a damaged data folder."""
 
 from __future__ import annotations
 

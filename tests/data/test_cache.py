@@ -85,7 +85,7 @@ def test_the_file_is_used_again(root):
     [path] = root.glob("train.decoded-*")
     made = path.stat().st_mtime_ns
     image = np.fromfile(path, np.uint8)
-    image[:] = 7  # tells that pixels come from the file
+    image[:] = 7  # shows that pixels come from the file
     image.tofile(path)
     os.utime(path, ns=(made, made))
     assert (cached(root, "disk")[0][0] == 7).all()

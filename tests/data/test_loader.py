@@ -113,7 +113,7 @@ def test_a_resumed_epoch_goes_on_with_the_same_samples(root):
     assert len(rest) == 2
     assert torch.equal(collect(rest)[0], collect(epochs[1][4:])[0])
     first, second = (samples_by_index(loader, e, batches) for e, batches in epochs.items())
-    assert not any(torch.equal(first[i], second[i]) for i in range(24))  # augmented afresh
+    assert not any(torch.equal(first[i], second[i]) for i in range(24))  # augmented again
 
 
 def samples_by_index(loader, epoch, batches):
@@ -150,9 +150,9 @@ def test_the_trainers_own_random_numbers_are_left_alone(root, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_written_in_place_holds_the_bits_of_its_samples(root, workers):
-    """And memory of its own: a batch that is kept does not change when the next ones come."""
+    """And separate memory: a batch that is kept does not change when the next ones come."""
     keep, apart = (MiniPlacesLoader(root, transforms=AUGMENT) for _ in range(2))
-    apart.transforms = lambda img: AUGMENT(img)  # tells no shape: collated sample by sample
+    apart.transforms = lambda img: AUGMENT(img)  # has no shape: collated sample by sample
     whole = list(training_batches(keep, 4, 1, workers))
     pieces = list(training_batches(apart, 4, 1, workers))
     assert len(whole) == 6 and keep.image_shape == (3, 128, 128) and apart.image_shape is None
@@ -280,7 +280,7 @@ def test_transforms_that_cannot_travel_to_workers_are_one_line(root, start_metho
 
 @pytest.mark.parametrize("unblock", [False, True])
 def test_a_worker_leaves_signals_to_the_trainer(root, unblock):
-    """A terminal or a cluster sends them to every process; the batch in work must still arrive.
+    """A terminal or a cluster sends them to every process; the current batch must still arrive.
 
     Libraries unblock SIGTERM: Python's own does where it starts its resource tracker.
     """

@@ -1,4 +1,4 @@
-"""Saliency and Grad-CAM against their formulas and what they leave behind."""
+"""Saliency and Grad-CAM against their formulas, and their side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep is the attack at each pair of ε and steps; attacks in words."""
+"""The sweep is the attack at each pair of ε and steps; attacks as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding student_code.py in whatever students hand in; what is refused harms nothing."""
+"""Finding student_code.py in what students hand in; a refused submission does no harm."""
 
 from __future__ import annotations
 

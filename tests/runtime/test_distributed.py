@@ -116,7 +116,7 @@ def rows(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one(sample_root, tmp_path_factory):
-    """The folder in which a process by itself has trained, and its output."""
+    """The folder in which a single process has trained, and its output."""
     folder = tmp_path_factory.mktemp("one")
     return folder, run(folder, str(sample_root), *TRAIN, processes=1)
 

@@ -1,4 +1,4 @@
-"""Run folders: made, found, and told apart from other places."""
+"""Run folders: made, found, and distinguished from other folders."""
 
 import json
 

@@ -223,7 +223,7 @@ def test_an_epoch_in_two_halves_equals_an_epoch_in_one_piece():
     train(whole, make_batches(), *make_training(whole))
     training = make_training(halves)
     train(halves, make_batches()[:2], *training)
-    torch.rand(17)  # whatever happens between the halves
+    torch.rand(17)  # random draws between the halves change nothing
     train(halves, make_batches()[2:], *training)
     assert same_weights(whole, halves)
 

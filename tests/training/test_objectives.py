@@ -1,4 +1,4 @@
-"""Adversarial training: each mode against its paper's loop written out, the watchdog, the cost."""
+"""Adversarial training: each mode against its paper's loop written out, the guard, the cost."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
 
 
 def written_out(mode: str, model: nn.Module, x, y, epsilon: float) -> None:
-    """One batch of each paper's algorithm; the attacks themselves have tests of their own."""
+    """One batch of each paper's algorithm; the attacks themselves are tested in tests/attacks/."""
     scale = 255 * torch.tensor(STD).view(1, 3, 1, 1)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     assert torch.rand(()) < 1  # the draw that decides whether this batch is attacked
@@ -117,7 +117,7 @@ def test_an_epoch_in_two_halves_is_an_epoch_in_one_piece(mode):
     objective = AdversarialTraining(mode=mode, steps=2, scale=PIXELS, eps_warmup=(0, 3))
     train(whole, make_batches(4), objective=objective)
     train(halves, make_batches(4)[:2], objective=objective)
-    torch.rand(17)  # whatever happens between the halves
+    torch.rand(17)  # random draws between the halves change nothing
     train(halves, make_batches(4)[2:], first=2, objective=objective)
     for a, b in zip(whole.state_dict().values(), halves.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -164,7 +164,7 @@ def test_attack_prob_clean_mix_and_eps_warmup():
 
 @pytest.mark.parametrize("mode, forwards, backwards", [("fgsm-rs", 2, 2), ("free", 2, 2)])
 def test_cheap_modes_cost_two_passes(mode, forwards, backwards):
-    """Wong et al. and Shafahi et al. promise twice the cost of ordinary training."""
+    """Wong et al. and Shafahi et al. promise twice the cost of standard training."""
     model, passes = make_network(), [0, 0]
     model[0].register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
     model[-1].register_full_backward_hook(lambda *_: passes.__setitem__(1, passes[1] + 1))

@@ -19,7 +19,7 @@ def test_a_collapse_restores_the_last_good_weights():
         found.append((collapsed, model[0].weight.mean().item()))
     assert found == [
         (False, 1),
-        (False, 2),  # a fall from chance: there was nothing to lose
+        (False, 2),  # a fall from chance does not count
         (False, 3),
         (False, 4),
         (False, 5),  # more than half of 30

@@ -128,7 +128,7 @@ class AutoAttack:
         progress: Progress | None = None,
         on_progress: Callable[[Progress, str], None] = lambda progress, name: None,
     ) -> Progress:
-        """Attack x (N, C, ...) with labels y (N,) and return which image fell to what.
+        """Attack x (N, C, ...) with labels y (N,) and return which image fell to which attack.
 
         progress: of an interrupted evaluation of the same images, to continue it.
         on_progress: called after each unit of work with the progress and the attack's name.
@@ -152,7 +152,7 @@ class AutoAttack:
             logits = torch.cat([model(part) for part in x.split(self.batch_size)])
         if not p.fell_to:
             right = (logits.argmax(1) == y).tolist()
-            p.fell_to, p.forward_passes = [None if r else CLEAN for r in right], model.passes
+            p.fell_to, p.forward_passes = [None if r else CLEAN for r in right], model.images
         others, stages = other_labels(logits, y), self.stages(logits.shape[1])
         batches = torch.arange(len(x)).split(self.batch_size)
         p.attacks = list(dict.fromkeys(stage.name for stage in stages))
@@ -160,12 +160,12 @@ class AutoAttack:
         for number in range(p.done, p.units):
             stage, batch = stages[number // len(batches)], batches[number % len(batches)]
             left = [i for i in batch.tolist() if p.fell_to[i] is None]
-            start, model.passes = time.perf_counter(), 0
+            start, model.images = time.perf_counter(), 0
             if left:
                 right = self._attack(model, stage, x[left], y[left], others[left], number)
                 for i, still_right in zip(left, right, strict=True):
                     p.fell_to[i] = None if still_right else stage.name
-            p.done, p.forward_passes = number + 1, p.forward_passes + model.passes
+            p.done, p.forward_passes = number + 1, p.forward_passes + model.images
             p.seconds += time.perf_counter() - start
             on_progress(p, stage.name)
 
@@ -183,10 +183,10 @@ class CountedModel:
     """A model that counts the images passed through it."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.passes = model, 0
+        self.model, self.images = model, 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.passes += len(x)
+        self.images += len(x)
         return self.model(x)
 
 

@@ -20,7 +20,7 @@ EPSILONS = {"linf": 4, "l2": 512, "l1": 10240}  # defaults, of 255; l_2: 2, l_1:
 
 
 TOLERANCE = 1 / 255  # beyond [0, 1]: rounding, of bfloat16 too
-NARROW = 0.35  # of [0, 1]; images in [0, 1] that are taken for normalised ones span 0.23
+NARROW = 0.35  # of [0, 1]; images in [0, 1] treated as normalised ones span 0.23
 
 
 @dataclass(frozen=True)

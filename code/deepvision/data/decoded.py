@@ -1,4 +1,4 @@
-"""Images decoded once, in a file beside the data, under a name that follows from their sources.
+"""Images decoded once, in a file in the data folder whose name follows from their sources.
 
 The file holds N images of one size as bytes (N, H, W, 3). It is mapped into memory, so that the
 system's page cache serves all processes. Runs that share a data folder share it: one builds the

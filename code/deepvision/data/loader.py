@@ -214,9 +214,9 @@ def _collate(fetched: tuple[Fetched, list[str]]) -> tuple:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Block Ctrl-C and SIGTERM while workers start: they inherit the mask with their first moment.
+    """Block Ctrl-C and SIGTERM while workers start: they inherit the signal mask.
 
-    This process receives a signal that was sent meanwhile at the end. A fork server that starts
+    A signal that was sent meanwhile is delivered at the end. A fork server that starts
     now hands the mask on to the workers that it forks.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows

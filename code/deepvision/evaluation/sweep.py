@@ -1,4 +1,4 @@
-"""Accuracy under PGD over a grid of ε and steps, and attacks described in words."""
+"""Accuracy under PGD over a grid of ε and steps, and attacks described as text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def format_table(norm: str, points: list[Point], n: int) -> str:
 
 
 def format_budget(norm: str, epsilon: float, std: Sequence[float]) -> str:
-    """ε of 255 in words: in pixels and, for l_inf, in the network's normalised input."""
+    """ε of 255 as text: in pixels and, for l_inf, in the network's normalised input."""
     if norm == "linf":
         normalised = ", ".join(f"{epsilon / 255 / s:.3f}" for s in std)
         return f"l_inf, ε = {epsilon:g}/255 = ({normalised}) normalised in R, G, B"
@@ -55,7 +55,7 @@ def format_budget(norm: str, epsilon: float, std: Sequence[float]) -> str:
 
 
 def describe(attack: PGD) -> str:
-    """The attack in words: goal, steps, step size, restarts and budget (unit "255")."""
+    """The attack as text: goal, steps, step size, restarts and budget (unit "255")."""
     words = [f"{attack.goal.replace('_', ' ')} PGD, {attack.steps} steps"]
     if attack.steps:
         words.append(f"of {attack.base_step():.4g}/255")

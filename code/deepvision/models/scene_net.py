@@ -1,8 +1,8 @@
-"""SceneNet: our own network for scenes of 128 x 128 pixels, trained from scratch. Torch alone.
+"""SceneNet: our own network for scenes of 128 x 128 pixels, trained from scratch. Needs torch only.
 
 Residual blocks (He et al., 2016) on maps of 32 x 32, 16 x 16 and 8 x 8, with max pooling in
-between: no convolution there skips a pixel. Each block ends with squeeze-and-excitation and, in
-training, is skipped at random. writeup/README.md tells what was measured of each of these.
+between: no convolution there has a stride. Each block ends with squeeze-and-excitation and, in
+training, is skipped at random. writeup/README.md reports the gain of each of these.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class SceneNet(nn.Module):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, num_classes) of normalised images (N, 3, H, W)."""
         x = self.features(x)  # (N, C, H / 16, W / 16)
         return self.fc(self.avgpool(x).flatten(1))
 
 
 class Block(nn.Module):
-    """relu(shortcut(x) + branch(x)): two 3 x 3 convolutions, their channels weighed."""
+    """relu(shortcut(x) + branch(x)): two 3 x 3 convolutions, then a gate on the channels."""
 
     def __init__(self, inputs: int, outputs: int, drop_path: float) -> None:
         super().__init__()
@@ -66,11 +67,12 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H, W)."""
         return self.relu(self.shortcut(x) + self.drop_path(self.excitation(self.branch(x))))
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a number in (0, 1) that the means of all channels decide.
+    """Multiplies each channel by a gate in (0, 1), computed from the means of all channels.
 
     Hu et al., 2018, "Squeeze-and-Excitation Networks", eq. 2 to 4.
     """
@@ -81,6 +83,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
         z = x.mean((2, 3))  # (N, C)
         s = self.excite(self.squeeze(z).relu()).sigmoid()
         return x * s[:, :, None, None]
@@ -95,8 +98,10 @@ def conv_bn(
 
 
 def init_weights(net: SceneNet) -> None:
-    """Kaiming's normal for convolutions; each branch starts at zero, as if its block were not
-    there (Goyal et al., 2017, section 5.1)."""
+    """Kaiming normal initialisation of convolutions; each residual branch starts at zero.
+
+    Goyal et al., 2017, section 5.1.
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

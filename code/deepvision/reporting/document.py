@@ -68,6 +68,7 @@ class Figure:
 
     @property
     def data(self) -> str:
+        """The PNG file in base64."""
         return base64.b64encode(self.file.read_bytes()).decode()
 
 
@@ -94,6 +95,8 @@ Block = Text | Table | Figure | Pictures | Explorer
 
 @dataclass
 class Section:
+    """A heading and the blocks below it."""
+
     title: str
     blocks: list[Block] = field(default_factory=list)
 
@@ -104,6 +107,8 @@ class Section:
 
 @dataclass
 class Document:
+    """A title with sections, which renders itself as HTML, Markdown and PDF."""
+
     title: str
     subtitle: str
     sections: list[Section]
@@ -125,7 +130,7 @@ class Document:
                 yield section.title, blocks
 
     def markdown(self) -> str:
-        """For a repository; refers to the files of the figures."""
+        """Markdown for a repository; it refers to the PNG files of the figures."""
         parts = [f"# {plain(self.title)}", plain(self.subtitle)]
         for title, blocks in self.paper():
             parts += [f"## {plain(title)}", *map(markdown_of, blocks)]
@@ -143,7 +148,7 @@ class Document:
 
 
 def read(name: str) -> str:
-    """A file that stands next to this module."""
+    """The text of a file in the folder of this module."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
@@ -163,6 +168,7 @@ def webp_data(image: np.ndarray) -> str:
 
 
 def data_address(kind: str, image: np.ndarray, options: list[int]) -> str:
+    """A uint8 image (H, W, 3) as a `data:` URL. kind: png or webp; options: of cv2.imencode."""
     data = cv2.imencode(f".{kind}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1]
     return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
 
@@ -173,6 +179,7 @@ def plain(text: str) -> str:
 
 
 def markdown_of(block: Text | Table | Figure) -> str:
+    """A block in Markdown; a figure refers to its file by name."""
     if isinstance(block, Text):
         return "> **Warning.** " * (block.style == "warning") + plain(block.text)
     if isinstance(block, Figure):
@@ -198,18 +205,22 @@ class Pages(FPDF):
         self.add_page()
 
     def footer(self) -> None:
+        """The page number; fpdf2 calls this at the end of each page."""
         self.set_y(-14)
         self.type(8, GREY)
         self.cell(0, 5, f"{self.page_no()}", align="C")
 
     def type(self, size: float, color: tuple[int, int, int] = INK, bold: bool = False) -> None:
+        """Set the type of the text that follows."""
         self.set_font("Sans", "B" if bold else "", size)
         self.set_text_color(*color)
 
     def lines(self, height: float, text: str, **options: bool) -> None:
+        """Write a paragraph over the whole width, each line `height` mm high."""
         self.multi_cell(0, height, text, align="L", new_x="LMARGIN", new_y="NEXT", **options)
 
     def masthead(self, title: str, subtitle: str) -> None:
+        """The title and subtitle of the document."""
         self.type(20, bold=True)
         self.lines(9, title)
         self.ln(1)
@@ -217,7 +228,7 @@ class Pages(FPDF):
         self.lines(4.6, subtitle)
 
     def heading(self, title: str, first: Block | None) -> None:
-        """Never at the foot of a page: it stays with what follows."""
+        """The title of a section, on the same page as its first block."""
         follows = 30
         if isinstance(first, Figure):
             follows = MIN_SHRINK * self.height_of(first) + 10
@@ -230,13 +241,16 @@ class Pages(FPDF):
         self.ln(1.5)
 
     def keep_together(self, height: float) -> None:
+        """Start a new page unless `height` mm are left on this one."""
         if self.will_page_break(height):
             self.add_page()
 
     def add(self, block: Text | Table | Figure) -> None:
+        """Draw a block below the last one."""
         {Text: self.text_block, Table: self.table_block, Figure: self.figure}[type(block)](block)
 
     def text_block(self, block: Text) -> None:
+        """A paragraph in its style."""
         note, boxed = block.style == "note", block.style in ("warning", "missing")
         self.type(*((8, GREY) if note else (9.5, INK)))
         self.set_fill_color(*WARNING if boxed else (255,))
@@ -244,6 +258,7 @@ class Pages(FPDF):
         self.ln(2)
 
     def table_block(self, block: Table) -> None:
+        """A table with its caption; a short one is not broken over two pages."""
         self.keep_together(table_height(block))
         self.set_fill_color(255)  # a box before it has left its colour
         self.type(8)
@@ -265,23 +280,25 @@ class Pages(FPDF):
         self.ln(2)
 
     def height_of(self, figure: Figure) -> float:
+        """The height of a figure in mm: in proportion to its width, at most a page."""
         width, height = picture_size(figure.file)
         return min(figure.width * self.epw * height / width, self.eph - 25)
 
     def figure(self, figure: Figure) -> None:
-        """Shrunk a little where this saves a page break, which would leave the page half empty."""
+        """A figure, shrunk a little where this saves a page break."""
         width, height = picture_size(figure.file)
-        room = self.eph + self.t_margin - self.y - 12
-        if room < MIN_SHRINK * self.height_of(figure):
+        available = self.eph + self.t_margin - self.y - 12
+        if available < MIN_SHRINK * self.height_of(figure):
             self.add_page()
-            room = self.eph - 12
-        drawn = min(self.height_of(figure), room)
+            available = self.eph - 12
+        drawn = min(self.height_of(figure), available)
         side = drawn * width / height
         self.image(figure.file, x=self.l_margin + (self.epw - side) / 2, w=side, h=drawn)
         self.caption(figure.caption)
         self.ln(3)
 
     def caption(self, text: str) -> None:
+        """Small grey text below a table or a figure."""
         self.ln(1)
         self.type(8, GREY)
         self.lines(4.3, text)

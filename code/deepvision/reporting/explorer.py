@@ -23,7 +23,7 @@ from deepvision.reporting.document import png_data
 
 EPSILONS = (0, 1, 2, 4, 8, 16)  # 8-bit intensity levels
 STEPS = (1, 2, 5, 10, 20)
-MIDDLE = 4, 5  # ε and steps at which an image is said to fall or to hold
+MIDDLE = 4, 5  # ε and steps that decide whether an image falls or holds
 EACH = 4  # images that fell, and images that held
 CANDIDATES = 32  # images of which they are chosen, twice: evenly spread and most confident
 PROBED = 50  # images of the accuracies, where the run has no sweep
@@ -102,7 +102,7 @@ def default_attack(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def default_budget(clean: np.ndarray, attacked: np.ndarray) -> str:
-    """The ε of the default attack in words, and the largest change it made in 8-bit levels."""
+    """The ε of the default attack as text, and the largest change it made in 8-bit levels."""
     epsilon = getattr(student.default_attack(nn.CrossEntropyLoss()), "epsilon", None)
     largest = np.abs(attacked.astype(int) - clean).max()
     known = "" if epsilon is None else f"ε = {epsilon:g} in normalised units, "

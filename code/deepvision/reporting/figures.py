@@ -17,8 +17,8 @@ from deepvision.reporting.analysis import Predictions
 from deepvision.reporting.records import Curve, Run
 
 WIDTH, DPI = 9.0, 160  # inches of a figure as wide as the text
-COLUMN = 5.2  # inches of a figure that a telephone shows whole, with letters that can be read
-PICTURE, PICTURE_DPI = 1.0, 128  # inches of a photograph: its 128 pixels are drawn one to one
+COLUMN = 5.2  # inches of a figure that is legible on a phone's screen
+PICTURE, PICTURE_DPI = 1.0, 128  # inches of an image: its 128 pixels are drawn one to one
 INK, GREY, RULE = "#202124", "#5f6368", "#dadce0"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MAX_NAMED, BLOCK, SHOWN_CLASSES = 40, 16, 20
@@ -53,6 +53,7 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, dpi=figure.dpi, pil_kwargs={"optimize": True})
@@ -60,7 +61,7 @@ def png(figure: Figure) -> bytes:
 
 
 def colours(n: int) -> list:
-    """Colours that colour-blind readers can tell apart (Okabe & Ito, 2008), as far as they go."""
+    """n colours: up to 7 safe for colour-blind readers (Okabe & Ito, 2008), else viridis."""
     if n <= len(OKABE_ITO):
         return list(OKABE_ITO[:n])
     return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.95, n)))
@@ -125,6 +126,8 @@ def draw_lr_panel(ax: Axes, runs: Sequence[Run]) -> None:
 
 
 def draw_accuracy_panel(name: str, title: str) -> Callable[[Axes, Sequence[Run]], None]:
+    """A function that draws the panel of one accuracy; a star marks the best epoch."""
+
     def draw_panel(ax: Axes, runs: Sequence[Run]) -> None:
         for run, colour in zip(runs, colours(len(runs)), strict=True):
             draw(ax, run.accuracy[name, "train"], color=colour, linestyle="--", linewidth=1.2)
@@ -148,6 +151,7 @@ PANELS: dict[str, Callable[[Axes, Sequence[Run]], None]] = {
 
 
 def legend_handles(runs: Sequence[Run], panel: str = "top1") -> list[Line2D]:
+    """The legend of a panel: a colour per run, a line style per split."""
     lines = [
         Line2D([], [], color=colour, linewidth=3, label=run.label)
         for run, colour in zip(runs, colours(len(runs)), strict=True)
@@ -184,11 +188,13 @@ def panel_series(runs: Sequence[Run], panel: str) -> list[tuple[str, Curve]]:
 
 
 def draw(ax: Axes, curve: Curve, **style) -> None:
+    """Plot a curve, if it has points."""
     if curve:
         ax.plot(*zip(*curve, strict=True), **style)
 
 
 def smoothed_curve(curve: Curve) -> Curve:
+    """The moving average of a curve, at the same x."""
     values = smoothed([value for _, value in curve])
     return [(i, v) for (i, _), v in zip(curve, values, strict=True)]
 
@@ -309,6 +315,7 @@ def confusion_matrix(p: Predictions) -> Figure:
 
 
 def draw_colour_scale(figure: Figure, image, ticks: Sequence[int]) -> None:
+    """The colour bar of a confusion matrix; ticks in per cent."""
     label = "% of the images of the true class"
     figure.colorbar(image, ax=figure.axes, label=label, ticks=ticks, shrink=0.8)
 

@@ -63,6 +63,7 @@ class Run:
 
     @property
     def val_top1(self) -> Curve:
+        """Validation accuracy in per cent by epoch."""
         return self.accuracy["top1_accuracy", "val"]
 
     @property
@@ -72,10 +73,12 @@ class Run:
 
     @property
     def last_epoch(self) -> int:
+        """The last epoch with a validation accuracy, from 1."""
         return self.val_top1[-1][0]
 
     @property
     def best_epoch(self) -> int:
+        """The epoch of the highest validation accuracy, the first of several."""
         return max(self.val_top1, key=lambda point: point[1])[0]
 
     @property
@@ -92,6 +95,7 @@ class Run:
 
     @property
     def network_name(self) -> str | None:
+        """The name of the network in reports; None where the folder does not say."""
         return self.config.get("network") or NETWORK_NAMES.get(self.arch)
 
     @property
@@ -132,6 +136,7 @@ class Run:
         return sum(values) / len(values) if values else None
 
     def largest(self, name: str) -> float | None:
+        """The maximum of a column of metrics.jsonl; None where it has none."""
         return max((value for _, value in column(self.rows, name)), default=None)
 
     def setting(self, name: str) -> object:
@@ -254,6 +259,7 @@ def read_accuracy(folder: Path, rows: list[dict], name: str, split: str) -> Curv
 
 
 def column(rows: list[dict], name: str) -> Curve:
+    """A column of metrics.jsonl by epoch, without the rows that lack it."""
     return [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
 
 
@@ -264,6 +270,7 @@ def read_events(place: Path) -> EventAccumulator | None:
 
 
 def points(events: EventAccumulator | None, tag: str) -> Curve:
+    """The scalars of a tag by step; [] where there are none."""
     if events is None or tag not in events.Tags()["scalars"]:
         return []
     return [(point.step, point.value) for point in events.Scalars(tag)]

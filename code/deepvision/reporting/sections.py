@@ -52,6 +52,7 @@ class FigureWriter:
 
 
 def list_of(part: object) -> object:
+    """A text as it is; a sequence as a list."""
     return part if isinstance(part, str) else list(part)
 
 
@@ -61,18 +62,22 @@ def list_of(part: object) -> object:
 
 
 def percent(value: float | None) -> str:
+    """An accuracy as text; a dash for None and nan."""
     return UNKNOWN if value is None or value != value else f"{value:.2f} %"
 
 
 def number(value: float | None, unit: str = "", digits: int = 0, scale: float = 1.0) -> str:
+    """value / scale with thousands separators and its unit; a dash for None."""
     return UNKNOWN if value is None else f"{value / scale:,.{digits}f}{unit}"
 
 
 def known(value: object) -> str:
+    """A value as text; a dash for None."""
     return UNKNOWN if value is None else str(value)
 
 
 def of_network(run: Run, count: Callable[[nn.Module], int]) -> int | None:
+    """count(network of the run); None if the network cannot be loaded."""
     try:
         return count(run.network)
     except UserError:
@@ -80,6 +85,7 @@ def of_network(run: Run, count: Callable[[nn.Module], int]) -> int | None:
 
 
 def adversarial_training(run: Run) -> str:
+    """The mode of adversarial training and its ε, or no."""
     if run.config and not run.adversarial_mode:
         return "no"
     if not run.adversarial_mode:
@@ -89,6 +95,7 @@ def adversarial_training(run: Run) -> str:
 
 
 def versions(run: Run) -> str:
+    """The versions of Python and torch that the run recorded."""
     found = {name: run.config.get(name) for name in ("python", "torch")}
     return ", ".join(f"{name} {v}" for name, v in found.items() if v) or UNKNOWN
 
@@ -125,6 +132,7 @@ RESULTS: dict[str, Callable[[Run], str]] = {
 
 
 def table_of(runs: Sequence[Run], rows: dict[str, Callable[[Run], str]], **options) -> Table:
+    """A table with one column per run; rows: name -> the text of a run."""
     body = [[name, *map(cell, runs)] for name, cell in rows.items()]
     return Table(["", *(run.label for run in runs)], body, **options)
 
@@ -147,10 +155,12 @@ def data_warning(runs: Sequence[Run]) -> str:
 
 
 def by_label(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Pairs of label and run."""
     return [(run.label, run) for run in runs]
 
 
 def describe_data(data: dict) -> str:
+    """Folder, number of classes and number of training images, as far as recorded."""
     classes, train = data.get("classes"), data.get("train")
     parts = [
         known(data.get("folder")),
@@ -161,6 +171,7 @@ def describe_data(data: dict) -> str:
 
 
 def summary(runs: Sequence[Run]) -> Section:
+    """Accuracy, time, memory and size of each run, and the settings."""
     note = (
         "Accuracies on the validation set. Wall time: of the training processes, validation "
         "included. FLOPs: forward pass of one 128 × 128 image; a multiply-add counts as two."
@@ -215,6 +226,7 @@ def robustness(run: Run, writer: FigureWriter) -> Section | None:
 
 
 def failed_checks(row: dict) -> str:
+    """The names of the failed diagnostics of a row of -a; also of rows with the old key `warns`."""
     failed = [d["name"] for d in row["lights"] or [] if d.get("failed", d.get("warns"))]
     return ", ".join(failed) or "none"
 
@@ -244,6 +256,11 @@ COMPARED = ("best top-1", "training images per second", "peak memory", "wall tim
 
 
 def benchmark_tables(file: Path) -> list[Table | Text]:
+    """The tables of results/conv_benchmark.json, one per training case.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     if not file.exists():
         raise UserError(f"there is no benchmark {file}: make it with python benchmarks/conv.py")
     found = read_json(file)
@@ -264,6 +281,7 @@ def benchmark_tables(file: Path) -> list[Table | Text]:
 
 
 def benchmark_row(way: str, row: dict) -> list[str]:
+    """The cells of one implementation; memory in MB."""
     memory = (number(row.get(name), scale=1e6) for name in ("saved_bytes", "peak_bytes"))
     return [way, number(row["ms"]), number(row["ratio"], digits=2), *memory]
 
@@ -318,6 +336,7 @@ def confusion(a: RunAnalysis, writer: FigureWriter) -> Section:
 
 
 def confused_pictures(a: RunAnalysis, pairs: Sequence[tuple], writer: FigureWriter) -> list:
+    """Example images of the pairs (true class, predicted class, count), one row per pair."""
     p = a.predictions
     rows = []
     for i, j, _ in pairs:
@@ -371,6 +390,7 @@ def saliency_pictures(a: RunAnalysis, x: Tensor, writer: FigureWriter) -> list:
 
 
 def predictions_of(a: RunAnalysis, x: Tensor) -> list[str]:
+    """The predicted class and its probability for each image of x (n, 3, H, W)."""
     return pictures.format_predictions(a.logits(x), a.predictions.names)
 
 

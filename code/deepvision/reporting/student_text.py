@@ -1,4 +1,4 @@
-"""The marked places of a write-up that hold the student's own text. Standard library alone.
+"""The marked places of a write-up that hold the student's own text. Standard library only.
 
 A place is `<!-- yours: NAME -->`, the text, `<!-- end of yours -->`. Everything outside the places
 is generated, and a checksum in the last line shows whether it was edited.

@@ -48,6 +48,7 @@ class Inputs:
         return [run for run in self.runs if run.arch in archs and not run.adversarial_mode]
 
     def analysis_of(self, run: Run) -> RunAnalysis | None:
+        """The analysis of a run; None if its network or images are missing."""
         return next((a for a in self.analyses if a.run is run), None)
 
 
@@ -85,11 +86,13 @@ def training(
 
 
 def settings(runs: Sequence[Run]) -> list[Block]:
+    """The hyperparameters of the runs; [] if none recorded any."""
     rows = {key: lambda run, key=key: sections.known(run.setting(key)) for key in HYPERPARAMETERS}
     return [table_of(runs, rows)] if any(run.config for run in runs) else []
 
 
 def curves(inputs: Inputs, runs: Sequence[Run], name: str) -> Figure:
+    """The learning curves of these runs in one figure, curves_<name>.png."""
     figure = sections.figures.learning_curves(runs)
     labels = " and ".join(run.label for run in runs)
     caption = f"Loss, learning rate and accuracy of {labels}."
@@ -97,6 +100,7 @@ def curves(inputs: Inputs, runs: Sequence[Run], name: str) -> Figure:
 
 
 def simple_net(inputs: Inputs) -> list[Block]:
+    """SimpleNet on nn.Conv2d."""
     return training(inputs, ["torch_conv"], "SimpleNet", "--epochs=60")
 
 
@@ -114,6 +118,7 @@ def custom_convolution(inputs: Inputs) -> list[Block]:
 
 
 def own_network(inputs: Inputs) -> list[Block]:
+    """The student's network, or SceneNet."""
     return training(inputs, ["scene_net", None], "your own network", "--epochs=60 --use-scene-net")
 
 
@@ -127,6 +132,7 @@ def resnet18(inputs: Inputs) -> list[Block]:
 
 
 def vision_transformer(inputs: Inputs) -> list[Block]:
+    """SimpleViT."""
     flags = "--epochs=90 --wd 0.05 --lr 0.01 --use-vit"
     return training(inputs, ["vit"], "SimpleViT", flags)
 
@@ -155,6 +161,7 @@ def attack(inputs: Inputs) -> list[Block]:
 
 
 def adversarial_training(inputs: Inputs) -> list[Block]:
+    """Adversarially trained runs compared with plain ones of the same networks."""
     runs = [run for run in inputs.runs if run.adversarial_mode]
     if not runs:
         command = "python main.py ../data --epochs=60 --pgd"
@@ -166,6 +173,7 @@ def adversarial_training(inputs: Inputs) -> list[Block]:
 
 
 def on_paper(blocks: Sequence[Block]) -> list[Block]:
+    """The blocks that Markdown and PDF have."""
     return [block for block in blocks if block.media in ("all", "paper")]
 
 
@@ -231,7 +239,7 @@ def old_texts(file: Path) -> tuple[dict[str, str], list[Path]]:
         markdown = file.read_text(encoding="utf-8")
         texts = read_places(markdown)
     except (OSError, UnicodeDecodeError, ValueError) as e:
-        raise UserError(f"{relpath(file)}: {e}; mend it or move it away") from None
+        raise UserError(f"{relpath(file)}: {e}; repair it or move it away") from None
     titles = {part.title for part in PARTS}
     if was_edited(markdown) or not texts.keys() <= titles:
         edited = file.with_name(f"{NAME}_edited.md")
@@ -242,6 +250,7 @@ def old_texts(file: Path) -> tuple[dict[str, str], list[Path]]:
 
 
 def as_markdown(warning: Sequence[Text], parts: Sequence[tuple], texts: dict[str, str]) -> str:
+    """The write-up in Markdown, with a checksum of what is not the student's text."""
     lines = [f"# {TITLE}", *map(markdown_of, warning)]
     for part, blocks in parts:
         lines += [f"## {part.title}", *map(block_markdown, blocks)]
@@ -250,6 +259,7 @@ def as_markdown(warning: Sequence[Text], parts: Sequence[tuple], texts: dict[str
 
 
 def block_markdown(block: Block) -> str:
+    """A block in Markdown; a missing item is marked."""
     if isinstance(block, Text) and block.style == "missing":
         return f"{MISSING} {markdown_of(block)}"
     return markdown_of(block)
@@ -258,6 +268,7 @@ def block_markdown(block: Block) -> str:
 def as_pdf(
     warning: Sequence[Text], parts: Sequence[tuple], texts: dict[str, str], folder: Path
 ) -> bytes:
+    """The write-up as PDF; images of the student's text come from `folder`."""
     pages = Pages()
     pages.masthead(TITLE, "")
     for block in warning:

@@ -27,7 +27,7 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str, flag: str = "--device") -> torch.device:
     """The device called `name`: auto, cpu, mps, cuda or cuda:N.
 
-    auto is the GPU of this process's local rank, or the CPU, which is said, where there is none.
+    auto is the GPU of this process's local rank, or the CPU, with a message, if there is none.
 
     Raises:
         UserError: the name is none of these, or this machine has no such device.
@@ -85,11 +85,11 @@ class DeviceContext:
         return x, y.to(self.device, non_blocking=True)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Keeps small gradients above zero in float16; does nothing in other formats."""
+        """Loss scaling, which keeps small gradients above zero in float16; off in other formats."""
         return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
 
     def peak_memory(self) -> int | None:
-        """Peak memory of this process in bytes, on the GPU or in all; None where unknown."""
+        """Peak memory of this process in bytes: of the GPU, or resident; None where unknown."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if resource is None:

@@ -61,7 +61,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def init_process_group(backend: str) -> None:
-    """Let each process find all others.
+    """Initialise the process group.
 
     torchrun keeps its store across restarts, with the addresses of processes that have died. So
     each attempt uses its own prefix.

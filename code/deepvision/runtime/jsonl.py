@@ -1,4 +1,4 @@
-"""JSON files and JSON-lines files whose errors are the user's to mend."""
+"""Read JSON and JSON-lines files; a damaged file raises UserError."""
 
 from __future__ import annotations
 

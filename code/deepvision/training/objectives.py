@@ -1,4 +1,4 @@
-"""Training objectives: the loss of a batch. Torch and attacks alone.
+"""Training objectives: the loss of a batch. Needs only torch and the attacks.
 
     for _ in range(objective.begin_batch(step)):
         logits, loss = objective(model, x, y)
@@ -59,6 +59,7 @@ class Standard:
     criterion: Criterion = F.cross_entropy
 
     def begin_batch(self, step: int) -> int:
+        """One optimizer step per batch."""
         return 1
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

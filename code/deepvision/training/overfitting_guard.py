@@ -30,7 +30,7 @@ class CatastrophicOverfittingGuard:
     def check_and_restore(self, model: nn.Module, robust: float, epoch: int) -> bool:
         """Return True if `robust` (per cent) is a collapse; `model` then has the last good weights.
 
-        A network at chance has nothing to lose: a fall counts from 1.5 times chance.
+        A drop counts only if the best accuracy was above 1.5 times chance.
         """
         if self.best > 1.5 * self.chance and robust < self.best / 2:
             model.load_state_dict(self.weights)

@@ -1,4 +1,4 @@
-"""How far a run has come: what a checkpoint keeps besides weights and optimizer."""
+"""Progress of a run: what a checkpoint stores in addition to weights and optimizer."""
 
 from __future__ import annotations
 

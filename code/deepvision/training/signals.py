@@ -39,10 +39,10 @@ class StopSignal:
 
     def check(self, save_due: bool = False) -> bool:
         """Return True if any process was asked to stop, or has `save_due`; all call it at once."""
-        number, due = divmod(distributed.all_reduce_max(2 * self.requested + save_due), 2)
+        number, save_due = divmod(distributed.all_reduce_max(2 * self.requested + save_due), 2)
         if number:
             self.stopped_by = signal.Signals(number)
-        return self.stopped_by is not None or bool(due)
+        return self.stopped_by is not None or bool(save_due)
 
 
 class CheckpointTimer:

@@ -1,4 +1,4 @@
-"""A training run: its parts, its epochs, its checkpoints, its end."""
+"""Training loop: epochs, validation, checkpoints, shutdown."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ class Trainer:
         hparams = {"network": self.kind, "at": config.at or "off", **values}
         self.logger.log_config(record, hparams)
 
-    # ---- the end
+    # ---- shutdown
 
     def _check_loss(self, mean: Metrics, metrics: EpochMetrics) -> None:
         if not math.isfinite(mean.loss):
