@@ -348,8 +348,10 @@ class CustomConv2DFunction(torch.autograd.Function):
     def forward(ctx, x, w, b, stride=1, padding=0):
         ctx.save_for_backward(x, w)
         ctx.stride, ctx.padding = stride, padding
+        if b is None:
+            b = w.new_zeros(len(w))
         y = w.flatten(1) @ F.unfold(x, w.shape[2], padding=padding, stride=stride)
-        return (y + b[:, None]).view(len(x), len(w), (x.shape[2] + 2 * padding - w.shape[2]) // stride + 1, -1)
+        return (y + b[:, None]).view(len(x), len(w), (x.shape[2] + 2 * padding - w.shape[2]) // stride + 1, -1).clone()
 
     @staticmethod
     def backward(ctx, g):
@@ -358,7 +360,7 @@ class CustomConv2DFunction(torch.autograd.Function):
         g = g.flatten(2)
         dx = F.fold(w.flatten(1).t() @ g, x.shape[2:], w.shape[2], padding=ctx.padding, stride=ctx.stride)
         dw = torch.einsum("nol,nkl->ok", g, columns).view_as(w)
-        db = g.sum((0, 2))
+        db = g.sum((0, 2)) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None
 
 

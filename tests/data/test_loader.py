@@ -306,7 +306,7 @@ from small_dataset import VAL
 if __name__ == "__main__":
     method, end, root = sys.argv[1:]
     multiprocessing.set_start_method(method)
-    signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+    signal.signal(signal.SIGINT, lambda *_: os.write(1, b"interrupted\\n"))
     batches = training_batches(MiniPlacesLoader(root, transforms=VAL), 4, 1, workers=2)
     epoch = iter(batches)
     print("starting", flush=True)
@@ -343,6 +343,7 @@ def test_signals_while_workers_start_reach_the_trainer_alone(root, tmp_path, met
     while line == "interrupted\n":
         os.killpg(trainer.pid, signal.SIGINT)
         line = trainer.stdout.readline()
+        time.sleep(0.02)
     rest, err = trainer.communicate(timeout=100)
     assert trainer.returncode == 0, err
     assert len(line.split()) == 2 and rest.splitlines()[-1] == "5"

@@ -22,7 +22,7 @@ from deepvision.runtime.device import DeviceContext, prepare_model
 from deepvision.runtime.jsonl import read_metrics
 from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.training import engine, optim
-from deepvision.training.objectives import CutMix
+from deepvision.training.objectives import CutMix, Standard
 
 CODE = Path(main.__file__).parent
 CPU = DeviceContext(torch.device("cpu"))
@@ -140,15 +140,14 @@ def test_mirror_images_are_averaged_in_evaluation_alone():
     batches = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
     model = Counting()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    schedule = optim.make_scheduler(parsed("--lr=0", "--epochs=1"), optimizer, 1, 0)
-    tallies = [EpochMetrics(CPU.device) for _ in range(2)]
-    [_] = engine.train_epoch(
-        model, batches, nn.CrossEntropyLoss(), optimizer, schedule, CPU, tallies[0], StepTimer(), 0
-    )
+    scheduler = optim.make_scheduler(optimizer, 0.0, 0, epochs=1, steps=1, done=0)
+    plain, flip_tta = (EpochMetrics(CPU.device) for _ in range(2))
+    parts = (model, batches, Standard(), optimizer, scheduler, CPU, plain, StepTimer())
+    engine.train_epoch(*parts, seed=0)
     assert model.seen == 4
-    [_] = engine.evaluate(model, batches, CPU, tallies[0], StepTimer())
+    engine.evaluate(model, batches, CPU, plain, StepTimer())
     assert model.seen == 8
-    [_] = engine.evaluate(model, batches, CPU, *tallies[:1], StepTimer(), tallies[1])
+    engine.evaluate(model, batches, CPU, plain, StepTimer(), flip_tta)
     assert model.seen == 16
     net, x = random_norms(SceneNet(7, width=8)).eval(), batches[0][0]
     assert not torch.allclose(net(x), net(x.flip(3)))
@@ -159,10 +158,10 @@ def test_mirror_images_are_averaged_in_evaluation_alone():
 
 def test_the_flag_brings_its_recipe_and_given_flags_win():
     args = parsed("--use-scene-net")
-    assert {name: getattr(args, name) for name in optim.SCENE_NET} == optim.SCENE_NET
+    assert {name: getattr(args, name) for name in SCENE_NET} == SCENE_NET
     args = parsed("--use-scene-net", "--lr=0.1", "--wd=0", "--ema=0", "--cutmix=1")
     assert (args.lr, args.wd, args.ema, args.cutmix) == (0.1, 0.0, 0.0, 1.0)
-    assert args.label_smoothing == optim.SCENE_NET["label_smoothing"]
+    assert args.label_smoothing == SCENE_NET["label_smoothing"]
     for words in ([], ["--use-vit"], ["--use-resnet18"]):
         args = parsed(*words)
         assert (args.lr, args.wd) == (0.1, 1e-4)  # the contract's
@@ -313,17 +312,16 @@ def test_the_mean_is_what_is_validated_saved_and_looked_at(trained, call, drawn,
     assert torch.equal(net.fc.weight, best["state_dict"]["fc.weight"])
 
 
-def test_a_resume_without_the_flag_keeps_network_and_recipe(trained, call, drawn):
+def test_a_resume_keeps_network_and_settings(trained, call, drawn):
     words = [
         "--epochs=9",
-        "-b=16",
-        "--warmup=1",
         f"--resume={trained / 'models/checkpoint.pth.tar'}",
     ]
     assert call(drawn, *words) == 0
     config = json.loads((trained / "config.json").read_text())
     assert config["kind"] == "scene_net"
-    assert {k: config["arguments"][k] for k in SCENE_NET} == SCENE_NET
+    expected = SCENE_NET | {"lr": 0.05, "batch_size": 32, "epochs": 9}
+    assert {k: config["arguments"][k] for k in expected} == expected
 
 
 def test_adversarial_training_and_half_precision_go_with_it(call, drawn, capsys):

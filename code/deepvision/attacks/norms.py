@@ -85,8 +85,15 @@ class InputScale:
 
     def box_radius(self, x: Tensor, norm: str) -> float:
         """The norm of the change from all-black to all-white for one sample of x, as epsilon."""
-        width = self.scale(x) / self.per_channel(self.std, x)
-        return lp_norm(width.float().expand_as(x[:1]), norm).max().item() if len(x) else math.inf
+        if len(x) == 0:
+            return math.inf
+        # in Python: a value read from the GPU would wait for it in every training step
+        units = {"normalised": [1 / s for s in self.std], "pixel": [1.0], "255": [255.0]}[self.unit]
+        widths = units if len(units) > 1 else units * len(self.std)
+        if norm == "linf":
+            return max(widths)
+        p, n = ORDERS[norm], x[0, 0].numel()
+        return (n * sum(w**p for w in widths)) ** (1 / p)
 
     def delta_bounds(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(lo, hi): the bounds of delta, in units of epsilon, that keep pixels in [0, 1]."""
