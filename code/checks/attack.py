@@ -494,8 +494,8 @@ def judge_state(attack: Attack, findings: Findings) -> list[str]:
     """Weights, modes and the caller's images are as before."""
     remarks, before = [], fresh_model()
     buffers = {name for name, _ in before.named_buffers()}
-    for mode, finding in findings.items():
-        found = value(finding, f"in {mode} mode perturb")
+    for mode in ("evaluation", "training"):
+        found = value(findings[mode], f"in {mode} mode perturb")
         hint = "the caller's images are changed in place: clone them first"
         compare("the input, after the attack", found["given"], attack.x, hint=hint, tol=1e-7)
         changed = []
