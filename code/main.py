@@ -30,6 +30,7 @@ from deepvision.models.registry import (
     load_network,
 )
 from deepvision.runtime import distributed
+from deepvision.runtime.console import protect_streams
 from deepvision.runtime.device import choose_device, configure_backend, prepare_model
 from deepvision.runtime.errors import exit_code
 from deepvision.runtime.jsonl import read_json
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
     """Run one command line; return the exit code. logs: where run folders are."""
     try:
         require_torch()
-        config = parse(sys.argv[1:] if argv is None else argv)
+        script, words = (sys.argv[0], sys.argv[1:]) if argv is None else ("main.py", argv)
+        config = parse(words, script)
         if config.check_data:
             return audit.check(config.data_folder, config.workers)
         device = choose_device(config.device, flag="--use-mps" if config.use_mps else "--gpu")
@@ -166,4 +168,5 @@ def load_datasets(config: RunConfig, ckpt: dict, num_classes: int) -> list[MiniP
 
 
 if __name__ == "__main__":
+    protect_streams()
     sys.exit(main())

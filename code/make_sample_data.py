@@ -359,4 +359,6 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
+        stream.reconfigure(errors="replace")
     main()

@@ -23,6 +23,7 @@ from deepvision.reporting.analysis import RunAnalysis, analyse
 from deepvision.reporting.document import Document, Section, Text
 from deepvision.reporting.records import Run, read_runs
 from deepvision.runtime.atomic import write_atomically
+from deepvision.runtime.console import protect_streams
 from deepvision.runtime.provenance import ROOT, commit
 from utils import UserError, relpath
 
@@ -147,4 +148,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    protect_streams()
     sys.exit(main())

@@ -192,6 +192,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
+        stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except OSError as e:

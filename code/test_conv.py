@@ -141,4 +141,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
+        stream.reconfigure(errors="replace")
     main()

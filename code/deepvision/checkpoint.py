@@ -79,6 +79,8 @@ def _read(path: Path) -> dict:
     if not os.path.isfile(path):  # False as well where permission is denied
         raise UserError(f"no checkpoint at {path}")
     try:
+        if what := _foreign_file(path):
+            raise UserError(f"{path} is no checkpoint: it is {what}")
         _check_sums(path)
         with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which the checks here cover
@@ -89,6 +91,8 @@ def _read(path: Path) -> dict:
         raise UserError(f"refused to load {path}: {why}, which could run code") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    except UserError:
+        raise
     except Exception as e:  # a damaged or foreign file can fail at any point of the reading
         reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"{path} is damaged or no checkpoint: {reason}") from None
@@ -98,6 +102,24 @@ def _read(path: Path) -> dict:
         re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in ckpt["state_dict"].items()
     }
     return ckpt
+
+
+def _foreign_file(path: Path) -> str | None:
+    """What a file is that people take for a checkpoint, and what to do; None for any other."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    start = head.lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; fetch the file itself with: git lfs pull"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "a web page; download the file again, logged in or by its direct link"
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip-compressed; unpack it first"
+    if head.startswith((b"{", b"[")):
+        return "a JSON file, such as a run's config.json; name the file in models/"
+    if not head:
+        return "empty"
+    return "filled with zeros: its download was interrupted" if not any(head) else None
 
 
 def _is_state_dict(value: object) -> bool:

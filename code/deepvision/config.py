@@ -103,7 +103,8 @@ def listed(values: dict[str, int]) -> str:
 class RunConfig:
     """All settings of a run. None: not named, and without a default that fits every network.
 
-    named: the settings that the command line names; command: the command line, for records.
+    named: the settings that the command line names; script: main.py as it was called; command: the
+    command line, for records.
     """
 
     data_folder: str
@@ -166,6 +167,7 @@ class RunConfig:
     sweep: bool = False
 
     named: frozenset[str] = frozenset()
+    script: str = "main.py"
     command: str = ""
 
     @property
@@ -198,10 +200,12 @@ class RunConfig:
             f"{spelled(f)}={getattr(self, f)}" for f in ("gpu", "workers") if f in self.named
         ]
         machine += ["--use-mps"] if self.use_mps else []
-        return shlex.join(["python", "main.py", self.data_folder, f"--resume={path}", *machine])
+        return shlex.join(["python", self.script, self.data_folder, f"--resume={path}", *machine])
 
 
-SETTINGS = {f.name: f.default for f in fields(RunConfig) if f.name not in ("named", "command")}
+SETTINGS = {
+    f.name: f.default for f in fields(RunConfig) if f.name not in ("named", "script", "command")
+}
 
 # What a resumed run takes from its own command line only: its action, its network (which the
 # checkpoint knows), its files and its machine
@@ -360,7 +364,7 @@ def parse(argv: Sequence[str], script: str = "main.py") -> RunConfig:
     if "pgd" in given and "at" not in given:
         given["at"] = "pgd" if given["pgd"] else None
     command = command_line([script, *argv])
-    config = RunConfig(**given, named=frozenset(given), command=command)
+    config = RunConfig(**given, named=frozenset(given), script=script, command=command)
     for message in contradictions(config):
         parser.error(message)
     return config

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import sys
 from datetime import timedelta
+from typing import TextIO
 
 from tqdm import tqdm
 
 from deepvision.runtime import distributed
 from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer
 from utils import AverageMeter
+
+
+class SafeStream:
+    """A text stream whose output is dropped once its terminal is gone (EIO)."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def _call(self, name: str, *args: str) -> object:
+        try:
+            return getattr(self.stream, name)(*args)
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise
+            self.stream = open(os.devnull, "w")  # noqa: SIM115 - open for the rest of the run
+            return None
+
+    def write(self, text: str) -> int:
+        """Write `text`, or drop it."""
+        self._call("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what is written."""
+        self._call("flush")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+
+def protect_streams() -> None:
+    """Let output survive an encoding that lacks characters, and a terminal that goes away."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        setattr(sys, name, SafeStream(stream))
 
 
 def progress_bar(total: int, name: str | None = None, start: int = 0) -> tqdm:

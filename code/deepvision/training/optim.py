@@ -56,9 +56,11 @@ def make_scheduler(
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = lr  # required by torch for a schedule that starts midway
-    return LinearWarmupCosineAnnealingLR(
+    scheduler = LinearWarmupCosineAnnealingLR(
         optimizer, round(warmup * steps), epochs * steps, last_epoch=done - 1
     )
+    scheduler._step_count = done + 1  # as if the run had never been interrupted
+    return scheduler
 
 
 def make_ema(model: nn.Module, span: float, total_steps: int, done: int) -> AveragedModel | None:

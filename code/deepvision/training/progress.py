@@ -19,6 +19,7 @@ class Progress:
     best_robust: float = float("-inf")
     metric_sums: list[float] = field(default_factory=list)  # EpochMetrics.state_dict()
     seconds: float = 0.0  # spent on the current epoch
+    iterations: int | None = None  # training steps of all sessions; None in older checkpoints
     data_order: dict = field(default_factory=dict)
 
     def finish_epoch(self) -> None:
@@ -36,6 +37,7 @@ class Progress:
                 "position": self.batch_in_epoch,
                 "tally": self.metric_sums,
                 "seconds": self.seconds,
+                "iterations": self.iterations,
                 "order": self.data_order,
             },
         }
@@ -54,12 +56,19 @@ class Progress:
         within = ckpt.get("progress") or {"position": 0, "tally": [], "order": {}}
         batch, sums = int(within["position"]), [float(v) for v in within["tally"]]
         seconds, order = float(within.get("seconds", 0)), within["order"]
+        iterations = within.get("iterations")
+        iterations = None if iterations is None else int(iterations)
         changed = [name for name, v in self.data_order.items() if order.get(name) != v]
-        if min(epoch, batch) < 0 or len(sums) not in (0, 5) or math.isnan(best + robust):
+        if (
+            min(epoch, batch, iterations or 0) < 0
+            or len(sums) not in (0, 5)
+            or math.isnan(best + robust)
+        ):
             raise ValueError
         if not 0 <= seconds < math.inf:
             raise ValueError
         self.epoch, self.best_acc1, self.best_robust = epoch, best, robust
+        self.iterations = iterations
         if batch and changed:
             return (
                 f"the file was saved in mid-epoch with other {' and '.join(changed)}: "

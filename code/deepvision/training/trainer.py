@@ -126,7 +126,9 @@ class Trainer:
         self.stop, self.checkpoint_timer = StopSignal(), CheckpointTimer(config.save_every)
         self.run_dir = self._run_dir(logs)
         self.models = self.run_dir / "models"
-        self.logger = make_logger(self.run_dir, done, self.progress.epoch)
+        if self.progress.iterations is None:
+            self.progress.iterations = done
+        self.logger = make_logger(self.run_dir, self.progress.iterations, self.progress.epoch)
 
     def _data_order(self) -> dict:
         """What the order of the batches follows from, by name."""
@@ -197,12 +199,13 @@ class Trainer:
         """Print, log and save what is due; return False if the run is to stop."""
         progress, i = self.progress, self.progress.batch_in_epoch
         progress.batch_in_epoch += 1
+        progress.iterations += 1
         if epoch.console.advance(i):
             last, mean = epoch.metrics.compute()
             self._check_loss(mean, epoch.metrics)
             size = self.config.batch_size
             epoch.console.train_line(progress.epoch + 1, i, epoch.timer, last, mean, size)
-            self.logger.log_step(self.scheduler.last_epoch - 1, last.loss, lr)
+            self.logger.log_step(progress.iterations - 1, last.loss, lr)
         if self.stop.check(save_due=self.checkpoint_timer.step()):
             self._update_progress(epoch)
             self._save_last()
