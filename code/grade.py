@@ -111,7 +111,6 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
         stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, stop)
-    sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except UserError as e:

@@ -67,9 +67,32 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path, legacy
     assert not (tmp_path / "trapped").exists()
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><title>Quota exceeded</title>", "a web page"),
+        (b"\x1f\x8b\x08" + bytes(99), "gzip-compressed"),
+        (b'{"kind": "vit"}', "a JSON file"),
+        (bytes(200_000), "filled with zeros"),
+        (b"", "empty"),
+    ],
+)
+def test_other_files_are_named(tmp_path, data, words):
+    (tmp_path / "x.pth.tar").write_bytes(data)
+    with pytest.raises(UserError, match=f"x.pth.tar is no checkpoint: it is .*{words}"):
+        checkpoint.load(tmp_path / "x.pth.tar")
+
+
+def test_a_run_folder_means_its_checkpoint(tmp_path):
+    assert checkpoint.locate(str(tmp_path)) == tmp_path / "models" / checkpoint.LAST
+    assert checkpoint.locate(str(tmp_path), checkpoint.BEST).name == checkpoint.BEST
+    assert checkpoint.locate("~/x").is_absolute()
+
+
 def test_truncated_files_are_called_damaged(saved):
     whole = saved.read_bytes()
-    for length in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+    for length in [*range(1, len(whole), len(whole) // 40), len(whole) - 1]:
         saved.write_bytes(whole[:length])
         with pytest.raises(UserError, match="damaged or no checkpoint"):
             checkpoint.load(saved)

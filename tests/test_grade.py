@@ -132,7 +132,7 @@ def graded(open_folder):
     (folder / "Zoë O'Neil_123" / "hw 2" / "code" / "student_code.py").write_text(ANSWER)
     (folder / "notes.txt").write_text("no submission")
     (folder / "broken.zip").write_bytes(b"PK no zip")
-    words = ["--jobs", "2", "--cpu-limit", "5", "--csv", str(root / "grades.csv")]
+    words = ["--jobs", "2", "--cpu-limit", "3", "--csv", str(root / "grades.csv")]
     first = command(folder, out, *words)
     assert wait_for(lambda: list(out.glob("*/results.json"))), first.communicate()
     first.kill()

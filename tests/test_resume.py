@@ -291,6 +291,8 @@ def test_an_epoch_under_way_starts_over_in_another_order(sample_root, tmp_path):
         "Resuming: the file was saved in mid-epoch with other -b and --seed: epoch 2 starts over."
     )
     assert line in runs.text() and "Epoch: [2][0/5]" in runs.text()
+    steps = [step for step, _ in points(runs.folders()[0])["data/training_loss"]]
+    assert steps == list(range(len(steps))) and len(steps) == 3 + 2 * 5  # no point vanished
 
 
 def test_a_second_interrupt_stops_at_once(sample_root, tmp_path, whole):

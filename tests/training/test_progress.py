@@ -22,7 +22,7 @@ def test_an_epoch_in_progress_continues_in_the_same_order_only():
 
 
 def test_a_saved_progress_comes_back():
-    saved = Progress(2, 3, 7.5, 6.5, MIDDLE["tally"], 12.0, ORDER)
+    saved = Progress(2, 3, 7.5, 6.5, MIDDLE["tally"], 12.0, 40, ORDER)
     restored = Progress(data_order=ORDER)
     assert restored.load_state_dict(saved.state_dict()) is None
     assert restored == saved
