@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from deepvision.runtime.atomic import write_atomically
 from utils import UserError
 
+SMALLEST_PICKLE = 16  # bytes; anything shorter was cut off
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PREVIOUS = "checkpoint_previous.pth.tar"
 
@@ -87,6 +88,8 @@ def _read(path: Path) -> dict:
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         name = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if not name and os.path.getsize(path) < SMALLEST_PICKLE:
+            raise UserError(f"{path} is damaged or no checkpoint: it is cut off") from None
         why = f"it asks for {name[1]}" if name else "it holds more than tensors and plain values"
         raise UserError(f"refused to load {path}: {why}, which could run code") from None
     except OSError as e:
