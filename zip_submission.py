@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ REQUIRED = (
     "code/custom_transforms.py",
     "code/utils.py",
 )
+STUDENT_TEXT = "code/deepvision/reporting/student_text.py"
 UNWANTED_FOLDERS = {"data": "data", "logs": "logs", "__pycache__": "cache"}
 UNWANTED_FILES = {
     "model": (".pth", ".pt", ".pth.tar", ".ckpt", ".safetensors", ".onnx", ".pkl", ".h5"),
@@ -141,7 +143,19 @@ def check(packed: dict[str, Path], excluded: dict[str, str]) -> list[str]:
         raise Refused(*errors)
     if not any(n.startswith("writeup/") and n.lower().endswith((".pdf", ".md")) for n in packed):
         warnings.append("writeup/ holds neither a PDF nor a Markdown file")
-    return warnings
+    return warnings + check_writeup(packed)
+
+
+def check_writeup(packed: dict[str, Path]) -> list[str]:
+    """Warnings for the parts that a write-up of `report.py --writeup` still lacks."""
+    writeup, module = packed.get("writeup/writeup.md"), packed.get(STUDENT_TEXT)
+    if writeup is None or module is None:
+        return []
+    try:
+        parts = runpy.run_path(str(module))["missing_parts"](writeup.read_text(encoding="utf-8"))
+    except ValueError as e:
+        return [f"writeup/writeup.md: {e}"]
+    return [f"writeup/writeup.md lacks {part}" for part in parts]
 
 
 def write_zip(packed: dict[str, Path], target: Path) -> None:

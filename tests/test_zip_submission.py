@@ -226,6 +226,20 @@ def test_a_missing_writeup_is_a_warning(project):
     assert packed(project) == CLEAN - {"writeup/report.pdf"}
 
 
+def test_missing_parts_of_a_writeup_are_named(project):
+    module = "code/deepvision/reporting/student_text.py"
+    (project / module).parent.mkdir(parents=True)
+    shutil.copy(ROOT / module, project / module)
+    text = "> **Missing.** SimpleNet: train it\n<!-- yours: Design -->\n\n<!-- end of yours -->\n"
+    (project / "writeup" / "writeup.md").write_text(text)
+    status, said = run(project)
+    assert status == 0
+    assert "writeup/writeup.md lacks SimpleNet: train it" in said
+    assert "writeup/writeup.md lacks your text: Design" in said
+    (project / "writeup" / "writeup.md").write_text("<!-- yours: Design -->\nunfinished")
+    assert "writeup/writeup.md: " in run(project)[1]
+
+
 def test_a_disk_that_is_full_leaves_the_old_zip(project):
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("mounting a small tmpfs needs root on Linux")
