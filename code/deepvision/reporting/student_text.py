@@ -65,5 +65,5 @@ def missing_parts(markdown: str) -> list[str]:
         for line in lines
         if line.startswith(MISSING)
     ]
-    empty = [name for name, _ in PLACE.findall(markdown) if name not in texts]
+    empty = [name for name, _ in PLACE.findall(markdown) if not texts.get(name, "").strip()]
     return results + [f"your text: {name}" for name in empty]
