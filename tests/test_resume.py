@@ -11,10 +11,10 @@ import re
 import signal
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
+import fork_server
 import pytest
 import torch
 from benchmarks.run_state import final_state, points
@@ -61,8 +61,7 @@ def server():
     """Have the server import main.py, once; it knows no sys.path but this one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.path.dirname(main.__file__))
-        SERVER.set_forkserver_preload(["main", "torch._dynamo"])  # as optimizers import it
-        forkserver.ensure_running()
+        fork_server.restart()
 
 
 def child(words: list[str], logs: Path, output: Path, kill: tuple | None) -> None:

@@ -11,9 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from torch import nn
@@ -54,8 +54,7 @@ TRAIN = ["--epochs=2", "-b=16", "--lr=0.02", "--warmup=1", "-p=1"]
 def server():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(CODE))
-        SERVER.set_forkserver_preload(["main", "torch._dynamo"])
-        forkserver.ensure_running()
+        fork_server.restart()
 
 
 def child(words, logs, output, environment):
