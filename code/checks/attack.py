@@ -533,7 +533,7 @@ def probe_training(code: ModuleType, attack: Attack) -> Findings:
 
 
 def judge_training(attack: Attack, findings: Findings) -> None:
-    """A step of adversarial training sees the gradient of its own loss, and nothing else."""
+    """A step of adversarial training uses the gradient of its loss only."""
     expect_effect(findings["x_adv"], attack)
     frozen = findings["frozen"]
     problem = f"after the attack {len(frozen)} parameters are frozen, first {frozen[:1]}"
