@@ -1,25 +1,27 @@
 """Settings: parsed, validated, restored on resume, given a network's defaults."""
 
+from dataclasses import fields
+
 import pytest
 
 from deepvision.config import (
-    FLAGS,
+    GROUPS,
     NOT_RESTORED,
     SETTINGS,
+    RunConfig,
     build_parser,
     parse,
     resolve_defaults,
     restore,
-    setting,
 )
 from utils import UserError
 
 
 def test_every_setting_has_one_flag_with_a_sentence():
-    flags = [(setting(names), text) for group in FLAGS.values() for names, text, _ in group]
-    assert sorted(name for name, _ in flags) == sorted(SETTINGS.keys() - {"data_folder"})
-    assert all(len(text) > 10 for _, text in flags)
-    assert SETTINGS.keys() >= NOT_RESTORED
+    flags = {f.name: f.metadata["help"] for f in fields(RunConfig) if f.metadata}
+    assert flags.keys() == SETTINGS.keys() - {"data_folder"}
+    assert all(len(text) > 10 for text in flags.values())
+    assert SETTINGS.keys() >= NOT_RESTORED | GROUPS.keys()
 
 
 def test_help_names_every_default():

@@ -12,7 +12,8 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from deepvision.attacks import EPSILONS, LOSSES
 from deepvision.attacks.autoattack import VERSIONS
@@ -99,6 +100,52 @@ def listed(values: dict[str, int]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def flag(
+    default: object,
+    text: str,
+    kind: Callable | tuple | None = None,
+    also: str = "",
+    **options: object,
+) -> Any:
+    """A setting with its flag, which has its name.
+
+    text: the help, to which the default is added.
+    kind: a converter or the choices; None: a switch.
+    also: other names of the flag.
+    options: of argparse's add_argument.
+    """
+    if kind is None:
+        options["action"] = "store_true"
+    elif isinstance(kind, tuple):
+        options["choices"] = kind
+    else:
+        options["type"] = kind
+    if default not in (None, False, ""):
+        text = f"{text}; default {default}"
+    return field(default=default, metadata={"names": also.split(), "help": text, **options})
+
+
+def by_network(name: str) -> str:
+    """The help of a default that depends on the network."""
+    return f"default {DEFAULTS[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
+
+
+fraction, positive, count = at_least(float, 0, 1), at_least(float, 0), at_least(int, 1)
+
+# The groups of --help, by the first setting of each
+GROUPS = {
+    "use_custom_conv": "network (default: SimpleNet)",
+    "epochs": "training",
+    "evaluate": "evaluate or attack a trained network, with --resume",
+    "resume": "resume and save",
+    "gpu": "machine and speed",
+    "check_data": "data",
+    "pgd": "adversarial training",
+    "attack_norm": "another attack for -a: PGD, by default untargeted; "
+    "lengths in 8-bit levels (4 = 4/255)",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All settings of a run. None: not named, and without a default that fits every network.
@@ -108,63 +155,98 @@ class RunConfig:
     """
 
     data_folder: str
-    # the network
-    use_custom_conv: bool = False
-    use_vit: bool = False
-    use_resnet18: bool = False
-    use_scene_net: bool = False
-    # training
-    epochs: int = 90
-    batch_size: int = 256
-    lr: float | None = None
-    warmup: float = 5
-    momentum: float = 0.9
-    wd: float | None = None
-    clip_grad: float = 1.0
-    label_smoothing: float | None = None
-    cutmix: float | None = None
-    ema: float | None = None
-    seed: int = 2024
-    start_epoch: int = 0
-    # evaluation
-    evaluate: bool = False
-    attack: bool = False
-    vis: bool = False
-    # checkpoints
-    resume: str = ""
-    weights: str = ""
-    save_every: str = "10m"
-    print_freq: int = 10
-    best_by: str = "clean"
-    # the machine
-    gpu: int | None = None
-    use_mps: bool = False
-    workers: int = field(default_factory=default_workers)
-    amp: str = "off"
-    compile: bool = False
-    deterministic: bool = False
-    cache: str = "none"
-    # data
-    check_data: bool = False
-    skip_bad_images: bool = False
-    # adversarial training
-    pgd: bool = False
-    at: str | None = None
-    at_eps: float = 4.0
-    pgd_prob: float = 1.0
-    pgd_steps: int | None = None
-    pgd_blend: float = 0.0
-    # another attack for -a
-    attack_norm: str | None = None
-    attack_eps: float | None = None
-    attack_steps: int | None = None
-    attack_step_size: float | None = None
-    attack_goal: str | None = None
-    attack_restarts: int | None = None
-    attack_loss: str | None = None
-    attack_suite: str | None = None
-    attack_images: int | None = None
-    sweep: bool = False
+
+    use_custom_conv: bool = flag(False, "SimpleNet on CustomConv2d")
+    use_vit: bool = flag(False, "SimpleViT, trained with AdamW")
+    use_resnet18: bool = flag(False, "ResNet-18 with ImageNet weights")
+    use_scene_net: bool = flag(False, "SceneNet, our own network, with its own defaults")
+
+    epochs: int = flag(90, "number of epochs", count)
+    batch_size: int = flag(256, "images per step, over all processes", count, also="-b")
+    lr: float | None = flag(
+        None, f"peak learning rate; {by_network('lr')}", positive, also="--learning-rate"
+    )
+    warmup: float = flag(5, "epochs of linear warmup before the cosine", at_least(float, 0, 1e6))
+    momentum: float = flag(0.9, "momentum of SGD", fraction)
+    wd: float | None = flag(
+        None, f"weight decay; {by_network('wd')}", positive, also="--weight-decay"
+    )
+    clip_grad: float = flag(1.0, "largest gradient norm, ViT only; 0 = off", positive)
+    label_smoothing: float | None = flag(
+        None, f"label smoothing; {by_network('label_smoothing')}", fraction
+    )
+    cutmix: float | None = flag(
+        None, f"fraction of batches with CutMix; {by_network('cutmix')}", fraction
+    )
+    ema: float | None = flag(
+        None, f"fraction of the run that EMA spans; {by_network('ema')}", fraction
+    )
+    seed: int = flag(
+        2024, "seed of weights, order, augmentation, attacks", at_least(int, 0, 2**32 - 1)
+    )
+    start_epoch: int = flag(0, "epochs to count as done", at_least(int, 0))
+
+    evaluate: bool = flag(False, "accuracy, plain and averaged with the mirror images", also="-e")
+    attack: bool = flag(False, "accuracy under the assignment's attack", also="-a")
+    vis: bool = flag(False, "images to TensorBoard, with -e or -a", also="-v")
+
+    resume: str = flag("", "checkpoint or run folder; auto = the newest run", str, metavar="PATH")
+    weights: str = flag("", "checkpoint that a new run starts from", str, metavar="FILE")
+    save_every: str = flag("10m", "time or steps between checkpoints: 10m, 30s, 200", interval)
+    print_freq: int = flag(10, "batches between two printed lines", count, also="-p")
+    best_by: str = flag(
+        "clean", "metric that selects model_best; robust needs --at", ("clean", "robust")
+    )
+
+    gpu: int | None = flag(
+        None, "index of the GPU, -1 = CPU; default: the first GPU, if any", at_least(int, -1)
+    )
+    use_mps: bool = flag(False, "use Apple's GPU")
+    workers: int = flag(
+        default_workers(),
+        "loader processes, at most 4 by default",
+        at_least(int, 0, 256),
+        also="-j",
+    )
+    amp: str = flag("off", "mixed precision", ("off", "bf16", "fp16"))
+    compile: bool = flag(False, "torch.compile: a minute to start, then faster steps")
+    deterministic: bool = flag(False, "the same bits from every run on the same GPU")
+    cache: str = flag(
+        "none", "keep decoded images; device = on the GPU", ("none", "ram", "disk", "device")
+    )
+
+    check_data: bool = flag(False, "read every file, report faults, exit")
+    skip_bad_images: bool = flag(False, "leave out images that cannot be read")
+
+    pgd: bool = flag(
+        False, "the same as --at=pgd", boolean, nargs="?", const=True, metavar="True|False"
+    )
+    at: str | None = flag(None, "mode of adversarial training", tuple(STEPS))
+    at_eps: float = flag(4.0, "l_inf radius in 8-bit intensity levels (0-255)", positive)
+    pgd_prob: float = flag(1.0, "fraction of batches to attack", fraction)
+    pgd_steps: int | None = flag(
+        None, f"attack steps, or replays; {listed(STEPS)}", at_least(int, 0)
+    )
+    pgd_blend: float = flag(0.0, "weight of the clean image in an attacked one", fraction)
+
+    attack_norm: str | None = flag(None, "linf, l2 or l1; default linf", norm, metavar="NORM")
+    attack_eps: float | None = flag(None, f"radius; default {listed(EPSILONS)}", positive)
+    attack_steps: int | None = flag(None, "number of steps; default 10", at_least(int, 0))
+    attack_step_size: float | None = flag(None, "size of a step; default 2.5 eps / steps", positive)
+    attack_goal: str | None = flag(
+        None, "goal of the attack", ("untargeted", "least_likely", "random")
+    )
+    attack_restarts: int | None = flag(
+        None, "random starts, of which the worst counts; default 1", count
+    )
+    attack_loss: str | None = flag(None, "loss to ascend; default ce", tuple(LOSSES))
+    sweep: bool = flag(False, "accuracy over a grid of eps and steps")
+    attack_suite: str | None = flag(
+        None, "AutoAttack's set instead; rand: randomised networks", VERSIONS
+    )
+    attack_images: int | None = flag(
+        None, "validation images for --attack-suite; default 1000", count
+    )
 
     named: frozenset[str] = frozenset()
     script: str = "main.py"
@@ -233,101 +315,6 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-Flag = tuple[str, str, dict]  # flags, help, options of add_argument
-
-
-def flag(names: str, text: str, kind: Callable | tuple | None = None, **options: object) -> Flag:
-    """A flag with its help. kind: a converter or the choices; None: a switch."""
-    if kind is None:
-        options["action"] = "store_true"
-    elif isinstance(kind, tuple):
-        options["choices"] = kind
-    else:
-        options["type"] = kind
-    return names, text, options
-
-
-def by_network(name: str) -> str:
-    """The help of a default that depends on the network."""
-    return f"default {DEFAULTS[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
-
-
-fraction, positive, count = at_least(float, 0, 1), at_least(float, 0), at_least(int, 1)
-FLAGS: dict[str, list[Flag]] = {
-    "network (default: SimpleNet)": [
-        flag("--use-custom-conv", "SimpleNet on CustomConv2d"),
-        flag("--use-vit", "SimpleViT, trained with AdamW"),
-        flag("--use-resnet18", "ResNet-18 with ImageNet weights"),
-        flag("--use-scene-net", "SceneNet, our own network, with its own defaults"),
-    ],
-    "training": [
-        flag("--epochs", "number of epochs", count),
-        flag("-b --batch-size", "images per step, over all processes", count),
-        flag("--lr --learning-rate", f"peak learning rate; {by_network('lr')}", positive),
-        flag("--warmup", "epochs of linear warmup before the cosine", at_least(float, 0, 1e6)),
-        flag("--momentum", "momentum of SGD", fraction),
-        flag("--wd --weight-decay", f"weight decay; {by_network('wd')}", positive),
-        flag("--clip-grad", "largest gradient norm, ViT only; 0 = off", positive),
-        flag("--label-smoothing", f"label smoothing; {by_network('label_smoothing')}", fraction),
-        flag("--cutmix", f"fraction of batches with CutMix; {by_network('cutmix')}", fraction),
-        flag("--ema", f"fraction of the run that EMA spans; {by_network('ema')}", fraction),
-        flag(
-            "--seed", "seed of weights, order, augmentation, attacks", at_least(int, 0, 2**32 - 1)
-        ),
-        flag("--start-epoch", "epochs to count as done", at_least(int, 0)),
-    ],
-    "evaluate or attack a trained network, with --resume": [
-        flag("-e --evaluate", "accuracy, plain and averaged with the mirror images"),
-        flag("-a --attack", "accuracy under the assignment's attack"),
-        flag("-v --vis", "images to TensorBoard, with -e or -a"),
-    ],
-    "resume and save": [
-        flag("--resume", "checkpoint or run folder; auto = the newest run", str, metavar="PATH"),
-        flag("--weights", "checkpoint that a new run starts from", str, metavar="FILE"),
-        flag("--save-every", "time or steps between checkpoints: 10m, 30s, 200", interval),
-        flag("-p --print-freq", "batches between two printed lines", count),
-        flag("--best-by", "metric that selects model_best; robust needs --at", ("clean", "robust")),
-    ],
-    "machine and speed": [
-        flag(
-            "--gpu", "index of the GPU, -1 = CPU; default: the first GPU, if any", at_least(int, -1)
-        ),
-        flag("--use-mps", "use Apple's GPU"),
-        flag("-j --workers", "loader processes; default 4 or the cores", at_least(int, 0, 256)),
-        flag("--amp", "mixed precision", ("off", "bf16", "fp16")),
-        flag("--compile", "torch.compile: a minute to start, then faster steps"),
-        flag("--deterministic", "the same bits from every run on the same GPU"),
-        flag(
-            "--cache", "keep decoded images; device = on the GPU", ("none", "ram", "disk", "device")
-        ),
-    ],
-    "data": [
-        flag("--check-data", "read every file, report faults, exit"),
-        flag("--skip-bad-images", "leave out images that cannot be read"),
-    ],
-    "adversarial training": [
-        flag("--pgd", "the same as --at=pgd", boolean, nargs="?", const=True, metavar="True|False"),
-        flag("--at", "mode of adversarial training", tuple(STEPS)),
-        flag("--at-eps", "l_inf radius in 8-bit intensity levels (0-255)", positive),
-        flag("--pgd-prob", "fraction of batches to attack", fraction),
-        flag("--pgd-steps", f"attack steps, or replays; {listed(STEPS)}", at_least(int, 0)),
-        flag("--pgd-blend", "weight of the clean image in an attacked one", fraction),
-    ],
-    "another attack for -a: PGD, by default untargeted; lengths in 8-bit levels (4 = 4/255)": [
-        flag("--attack-norm", "linf, l2 or l1; default linf", norm, metavar="NORM"),
-        flag("--attack-eps", f"radius; default {listed(EPSILONS)}", positive),
-        flag("--attack-steps", "number of steps; default 10", at_least(int, 0)),
-        flag("--attack-step-size", "size of a step; default 2.5 eps / steps", positive),
-        flag("--attack-goal", "goal of the attack", ("untargeted", "least_likely", "random")),
-        flag("--attack-restarts", "random starts, of which the worst counts; default 1", count),
-        flag("--attack-loss", "loss to ascend; default ce", tuple(LOSSES)),
-        flag("--sweep", "accuracy over a grid of eps and steps"),
-        flag("--attack-suite", "AutoAttack's set instead; rand: randomised networks", VERSIONS),
-        flag("--attack-images", "validation images for --attack-suite; default 1000", count),
-    ],
-}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py's flags; its namespace holds the named settings only."""
     parser = OneLineParser(
@@ -338,20 +325,16 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("data_folder", help="folder with images/, train.txt and val.txt")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for names, text, options in flags:
-            action = group.add_argument(*names.split(), dest=setting(names), help=text, **options)
-            default = SETTINGS[action.dest]
-            if default not in (None, False, "", MISSING):
-                action.help += f"; default {default}"
+    group = parser
+    for setting in fields(RunConfig):
+        if setting.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[setting.name])
+        if setting.metadata:
+            options = dict(setting.metadata)
+            names = [spelled(setting.name), *options.pop("names")]
+            names.sort(key=lambda name: name.startswith("--"))  # -b before --batch-size
+            group.add_argument(*names, dest=setting.name, **options)
     return parser
-
-
-def setting(names: str) -> str:
-    """The setting of a flag: the first long name, but --evaluate for -e."""
-    long = next(name for name in names.split() if name.startswith("--"))
-    return long[2:].replace("-", "_")
 
 
 def parse(argv: Sequence[str], script: str = "main.py") -> RunConfig:
@@ -475,13 +458,11 @@ def valid_value(name: str, value: object) -> object:
     default = SETTINGS[name]
     if value is None and default is None or isinstance(value, bool) and isinstance(default, bool):
         return value
-    names = next(n for flags in FLAGS.values() for n, *_ in flags if setting(n) == name)
-    flag = next(n for n in names.split() if n.startswith("--"))
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError
         parser = build_parser()
         parser.exit_on_error = False
-        return getattr(parser.parse_args(["-", f"{flag}={value}"]), name)
+        return getattr(parser.parse_args(["-", f"{spelled(name)}={value}"]), name)
     except (ValueError, argparse.ArgumentError, SystemExit):
         raise UserError(f"the checkpoint's setting {name} = {value!r:.40} is invalid") from None
