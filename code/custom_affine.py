@@ -1,41 +1,43 @@
 """Affine maps of the image plane: rotate, compose, resample once.
 
 Coordinates are continuous: pixel i covers [i, i + 1]. An `Affine` (a, b, c, d, e, f) takes a point
-(x, y) of the output to the point (a x + b y + c, d x + e y + f) of the input that it shows.
+(x, y) of the output to the point (a x + b y + c, d x + e y + f) of the input that it shows. Each of
+its elements is a number, or an array (n,) for n images.
 """
 
 from __future__ import annotations
 
-import math
-
 import cv2
 import numpy as np
 
-Affine = tuple[float, float, float, float, float, float]
+Numbers = float | np.ndarray  # of one image, or (n,)
+Affine = tuple[Numbers, Numbers, Numbers, Numbers, Numbers, Numbers]
 
 
-def inscribed_size(width: int, height: int, angle: float) -> tuple[int, int]:
+def inscribed_size(width: Numbers, height: Numbers, angle: Numbers) -> tuple[np.ndarray, ...]:
     """The largest upright rectangle (width, height) inside a width x height one rotated by `angle`.
 
     angle: in radians. Two cases:
     1. Its four corners lie on four sides: width and height solve two linear equations.
     2. A long thin image: two corners touch the midpoints of the long sides, which limits both.
     """
-    sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
-    short, long = min(width, height), max(width, height)
-    if short > 2 * sin * cos * long:
+    sin, cos = np.abs(np.sin(angle)), np.abs(np.cos(angle))
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    with np.errstate(divide="ignore", invalid="ignore"):  # in the case that does not apply
         det = cos * cos - sin * sin
-        w, h = (width * cos - height * sin) / det, (height * cos - width * sin) / det
-    else:
-        w, h = short / (2 * sin), short / (2 * cos)
-        if width < height:
-            w, h = h, w
-    return max(1, int(w + 1e-6)), max(1, int(h + 1e-6))
+        four = (width * cos - height * sin) / det, (height * cos - width * sin) / det
+        along, across = short / (2 * sin), short / (2 * cos)
+    wide = width >= height
+    two = np.where(wide, along, across), np.where(wide, across, along)
+    w, h = (np.where(short > 2 * sin * cos * long, *v) for v in zip(four, two, strict=True))
+    return tuple(np.maximum(1, np.floor(v + 1e-6)).astype(int) for v in (w, h))
 
 
-def rotation(size: tuple[int, int], inner: tuple[int, int], angle: float) -> Affine:
+def rotation(
+    size: tuple[Numbers, Numbers], inner: tuple[Numbers, Numbers], angle: Numbers
+) -> Affine:
     """Rotation by `angle` about the center of an image of `size`, cropped to a central `inner`."""
-    sin, cos = math.sin(angle), math.cos(angle)
+    sin, cos = np.sin(angle), np.cos(angle)
     x, y = inner[0] / 2, inner[1] / 2
     return (
         cos,

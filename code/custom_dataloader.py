@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -90,14 +90,17 @@ class MiniPlacesLoader(Dataset):
         return image, self.labels[index]
 
     @property
-    def image_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of a transformed image, if the transforms can `write` into given memory."""
+    def image_shape(self) -> tuple[int, ...] | None:
+        """The shape of a transformed image, if the transforms can `write` into given memory."""
         return getattr(self.transforms, "shape", None)
 
-    def write(self, index: int, out: np.ndarray) -> int:
-        """Write the transformed image to `out`, float32 of `image_shape`; return the label."""
-        self.transforms.write(self.read(index), out)
-        return self.labels[index]
+    def write(self, indices: Sequence[int], out: np.ndarray, u: np.ndarray) -> list[int]:
+        """Write n transformed images to `out`, float32 (n, *image_shape); return the labels.
+
+        u: uniform numbers in [0, 1), (n, `transforms.draws`), that make the augmentation.
+        """
+        self.transforms.write(map(self.read, indices), out, u)
+        return [self.labels[index] for index in indices]
 
     def get_index_mapping(self) -> dict[str, str]:
         """Label id, as a string, to category name: {"0": "abbey", ...}.

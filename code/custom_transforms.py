@@ -1,10 +1,13 @@
 """Image augmentation: uint8 RGB arrays (H, W, 3) in, float tensors (C, H, W) out.
 
-Every random class draws from Python's `random` in its `sample` method only, so the seed determines
-the augmentation. Run one after the other, the classes below resample an image three times and read
-it nine times. `Compose` recognises the two sequences of the course: it draws the same numbers in
-the same order, but resamples the image once (the fused path). Any other sequence, a subclass or a
-reordered list included, runs step by step.
+Every random class has a law: `sample` makes its values from uniform numbers in [0, 1), `draws` of
+them for each image, with NumPy for many images at once. Called on one image, a class takes these
+numbers from Python's `random`, so the seed determines the augmentation.
+
+Run one after the other, the classes below resample an image three times and read it nine times.
+`Compose` recognises the two sequences of the course: it takes the same numbers in the same order,
+but resamples the image once (the fused path). Any other sequence, a subclass or a reordered list
+included, runs step by step.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 
 import cv2
 import numpy as np
 import torch
 
-from custom_affine import Affine, compose, inscribed_size, rotation, warp_image
+from custom_affine import Numbers, compose, inscribed_size, rotation, warp_image
 from utils import resize_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Size = tuple[Numbers, Numbers]  # width, height
 
 
 class Scale:
@@ -100,20 +106,29 @@ class RandomSizedCrop:
         self.ratio_range = _interval("ratio_range", ratio_range)
         self.tries = tries
 
-    def sample(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Draw the rectangle (x, y, width, height)."""
-        low, high = map(math.log, self.ratio_range)
-        for _ in range(self.tries):
-            area = width * height * random.uniform(*self.area_range)
-            ratio = math.exp(random.uniform(low, high))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                return random.randint(0, width - w), random.randint(0, height - h), w, h
-        side = min(width, height)
-        return (width - side) // 2, (height - side) // 2, side, side
+    @property
+    def draws(self) -> int:
+        """Uniform numbers per image."""
+        return 2 + 2 * self.tries
+
+    def sample(self, u: np.ndarray, width: Numbers, height: Numbers) -> tuple[np.ndarray, ...]:
+        """The rectangles (x, y, width, height), each (n,), that u (draws, n) gives."""
+        area = width * height * _between(*self.area_range, u[2 : 2 + self.tries])  # (tries, n)
+        ratio = np.exp(_between(*map(math.log, self.ratio_range), u[2 + self.tries :]))
+        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        first, any_fits = (fits.argmax(0), np.arange(fits.shape[1])), fits.any(0)
+        side = np.minimum(width, height)
+        w, h = (np.where(any_fits, v[first], side) for v in (w, h))
+        x, y = (
+            np.where(any_fits, np.floor(v * (space + 1)), space // 2)
+            for v, space in zip(u[:2], (width - w, height - h), strict=True)
+        )
+        return x, y, w, h
 
     def __call__(self, img: np.ndarray) -> np.ndarray:
-        x, y, w, h = self.sample(img.shape[1], img.shape[0])
+        box = self.sample(_from_random(self.draws), img.shape[1], img.shape[0])
+        x, y, w, h = (int(v[0]) for v in box)
         return resize_image(img[y : y + h, x : x + w], self.size)
 
     def __repr__(self) -> str:
@@ -123,17 +138,19 @@ class RandomSizedCrop:
 class RandomHorizontalFlip:
     """Flip left and right with probability `p`."""
 
+    draws = 1
+
     def __init__(self, p: float = 0.5) -> None:
         if not 0 <= p <= 1:
             raise ValueError(f"a probability lies in [0, 1]; got {p}")
         self.p = p
 
-    def sample(self) -> bool:
-        """Draw whether to flip."""
-        return random.random() < self.p
+    def sample(self, u: np.ndarray) -> np.ndarray:
+        """Whether to flip (n,), from u (1, n)."""
+        return u[0] < self.p
 
     def __call__(self, img: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(img[:, ::-1]) if self.sample() else img
+        return np.ascontiguousarray(img[:, ::-1]) if self.sample(_from_random(1))[0] else img
 
     def __repr__(self) -> str:
         return f"RandomHorizontalFlip({self.p})"
@@ -142,18 +159,19 @@ class RandomHorizontalFlip:
 class RandomColor:
     """Multiply each channel by a gain uniform in 1 ± `color_range`; clip to 0-255."""
 
+    draws = 3
+
     def __init__(self, color_range: float) -> None:
         if not 0 <= color_range <= 1:
             raise ValueError(f"color_range lies in [0, 1]; got {color_range}")
         self.color_range = color_range
 
-    def sample(self) -> list[float]:
-        """Draw a gain per channel."""
-        r = self.color_range
-        return [random.uniform(1 - r, 1 + r) for _ in range(3)]
+    def sample(self, u: np.ndarray) -> np.ndarray:
+        """A gain per channel (3, n), from u (3, n)."""
+        return _between(1 - self.color_range, 1 + self.color_range, u)
 
     def __call__(self, img: np.ndarray) -> np.ndarray:
-        planes = zip(cv2.split(img), self.sample(), strict=True)
+        planes = zip(cv2.split(img), self.sample(_from_random(3))[:, 0], strict=True)
         return cv2.merge([cv2.convertScaleAbs(plane, alpha=gain) for plane, gain in planes])
 
     def __repr__(self) -> str:
@@ -166,18 +184,20 @@ class RandomRotate:
     The result is the largest upright rectangle inside the rotated image.
     """
 
+    draws = 1
+
     def __init__(self, degree_range: float) -> None:
         if not 0 <= degree_range <= 180:
             raise ValueError(f"degree_range lies in [0, 180]; got {degree_range}")
         self.degree_range = degree_range
 
-    def sample(self) -> float:
-        """Draw the angle, in radians, counter-clockwise."""
-        return math.radians(random.uniform(-self.degree_range, self.degree_range))
+    def sample(self, u: np.ndarray) -> np.ndarray:
+        """The angles (n,) in radians, counter-clockwise, from u (1, n)."""
+        return np.radians(_between(-self.degree_range, self.degree_range, u[0]))
 
     def __call__(self, img: np.ndarray) -> np.ndarray:
-        angle = self.sample()
-        size = inscribed_size(img.shape[1], img.shape[0], angle)
+        angle = float(self.sample(_from_random(1))[0])
+        size = tuple(map(int, inscribed_size(img.shape[1], img.shape[0], angle)))
         return warp_image(img, rotation((img.shape[1], img.shape[0]), size, angle), size)
 
     def __repr__(self) -> str:
@@ -235,18 +255,29 @@ class Compose:
         width, height = self.transforms[-3].size
         return 3, height, width
 
+    @property
+    def draws(self) -> int:
+        """Uniform numbers that a fused sequence takes for each image."""
+        return sum(getattr(transform, "draws", 0) for transform in self.transforms)
+
     def __call__(self, img: np.ndarray) -> torch.Tensor:
         if self.shape and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
-            out = np.empty(self.shape, np.float32)
-            self.write(img, out)
-            return torch.from_numpy(out)
+            out = np.empty((1, *self.shape), np.float32)
+            self.write([img], out, _from_random(self.draws).T)
+            return torch.from_numpy(out[0])
         for transform in self.transforms:
             img = transform(img)
         return img
 
-    def write(self, img: np.ndarray, out: np.ndarray) -> None:
-        """Apply a fused sequence to a uint8 image (H, W, 3); write to `out`, float32 of `shape`."""
-        FUSED[self._sequence()](img, out, *self.transforms)
+    def write(self, images: Iterable[np.ndarray], out: np.ndarray, u: np.ndarray) -> None:
+        """Apply a fused sequence to n images, uint8 (H, W, 3).
+
+        out: float32 (n, *`shape`), for the results. u: uniform numbers in [0, 1), (n, `draws`).
+        """
+        images, fused = iter(images), FUSED[self._sequence()]
+        for start in range(0, len(out), IN_MEMORY):
+            part = slice(start, start + IN_MEMORY)
+            fused(list(islice(images, IN_MEMORY)), out[part], u[part], *self.transforms)
 
     def _sequence(self) -> tuple[type, ...]:
         return tuple(map(type, self.transforms))
@@ -260,48 +291,64 @@ class Compose:
 # ---------------------------------------------------------------------------------------------
 
 
-def sample_warp(
-    size: tuple[int, int],
-    scale: Scale,
+IN_MEMORY = 16  # decoded images at a time: enough to share the cost of a NumPy call
+
+
+def sample_warps(
+    u: np.ndarray,
+    size: Size,
+    scaled: Size,
     flip: RandomHorizontalFlip,
     color: RandomColor,
     rotate: RandomRotate,
     crop: RandomSizedCrop,
-) -> tuple[Affine, list[float]]:
-    """Draw one augmentation for an image of `size` = (width, height): warp and gains per channel.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The augmentations of n images: warps (n, 6) and gains per channel (n, 3).
 
-    The draws are those of the five transforms in this order.
+    u: uniform numbers (n, draws), in the order of the transforms. size: (width, height) of the
+    images; scaled: after Scale.
     """
-    width, height = scale.target(*size)
+    u = np.ascontiguousarray(u.T, float)  # (draws, n)
+    of_flip, of_color, of_rotate, of_crop = np.split(u, [1, 4, 5])
+    width, height = scaled
     warp = (size[0] / width, 0, 0, 0, size[1] / height, 0)
-    if flip.sample():
-        warp = compose(warp, (-1, 0, width, 0, 1, 0))
-    gains = color.sample()
-    angle = rotate.sample()
+    flipped = flip.sample(of_flip)
+    warp = compose(warp, (np.where(flipped, -1, 1), 0, flipped * width, 0, 1, 0))
+    angle = rotate.sample(of_rotate)
     inner = inscribed_size(width, height, angle)
-    warp = compose(warp, rotation((width, height), inner, angle))
-    x, y, w, h = crop.sample(*inner)
-    return compose(warp, (w / crop.size[0], 0, x, 0, h / crop.size[1], y)), gains
+    warp = compose(warp, rotation(scaled, inner, angle))
+    x, y, w, h = crop.sample(of_crop, *inner)
+    warp = compose(warp, (w / crop.size[0], 0, x, 0, h / crop.size[1], y))
+    return np.stack(warp, 1), color.sample(of_color).T
 
 
-def _train(img, out, scale, flip, color, rotate, crop, _, normalize) -> None:
+def _train(images, out, u, scale, flip, color, rotate, crop, _, normalize) -> None:
+    images, scaled = zip(*(_reduced(img, scale) for img in images), strict=True)
+    sizes = np.array([img.shape[1::-1] for img in images]).T
+    warps, gains = sample_warps(u, sizes, np.array(scaled).T, flip, color, rotate, crop)
+    for img, warp, rgb, result in zip(images, warps.tolist(), gains.tolist(), out, strict=True):
+        # OpenCV warps four channels in a third of the time it takes for three
+        rgba = cv2.cvtColor(img, cv2.COLOR_RGB2RGBA, dst=_scratch("rgba", *img.shape[:2], 4))
+        warped = _scratch("warped", *result.shape[1:], 4)
+        planes = _planes(warp_image(rgba, warp, crop.size, warped))
+        for plane, gain in zip(planes, rgb, strict=True):
+            cv2.convertScaleAbs(plane, plane, gain)
+        _normalized(planes, normalize, result)
+
+
+def _reduced(img: np.ndarray, scale: Scale) -> tuple[np.ndarray, tuple[int, int]]:
+    """`img`, scaled where the warp cannot do that, and its (width, height) after Scale."""
     width, height = scale.target(img.shape[1], img.shape[0])
     # the warp reads four source pixels per output pixel: it would alias on a much larger image
     reduced = img.shape[1] > 2 * width or img.shape[0] > 2 * height
     if reduced or scale.interpolation != cv2.INTER_LINEAR:
         img = scale(img)
-    size = img.shape[1], img.shape[0]
-    warp, gains = sample_warp(size, scale, flip, color, rotate, crop)
-    # OpenCV warps four channels in a third of the time it takes for three
-    rgba = cv2.cvtColor(img, cv2.COLOR_RGB2RGBA, dst=_scratch("rgba", *img.shape[:2], 4))
-    planes = _planes(warp_image(rgba, warp, crop.size, _scratch("warped", *out.shape[1:], 4)))
-    for plane, gain in zip(planes, gains, strict=True):
-        cv2.convertScaleAbs(plane, plane, gain)
-    _normalized(planes, normalize, out)
+    return img, (width, height)
 
 
-def _val(img, out, scale, crop, _, normalize) -> None:
-    _normalized(_planes(crop(scale(img))), normalize, out)
+def _val(images, out, _u, scale, crop, _, normalize) -> None:
+    for img, result in zip(images, out, strict=True):
+        _normalized(_planes(crop(scale(img))), normalize, result)
 
 
 def _planes(img: np.ndarray) -> np.ndarray:
@@ -353,6 +400,16 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     """`size` as (width, height)."""
     width, height = (size, size) if isinstance(size, int) else size
     return _positive(width), _positive(height)
+
+
+def _from_random(n: int) -> np.ndarray:
+    """n uniform numbers (n, 1) from Python's generator."""
+    return np.array([[random.random()] for _ in range(n)])
+
+
+def _between(low: float, high: float, u: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1) moved to [low, high)."""
+    return low + (high - low) * u
 
 
 def _interval(name: str, values: Sequence[float], upper: float = math.inf) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from custom_transforms import (
     RandomSizedCrop,
     Scale,
     ToTensor,
+    sample_warps,
 )
 from make_sample_data import SCENES, draw_scene
 
@@ -50,6 +51,12 @@ def step_by_step(transforms, img):
 def seeded(seed, function, *args):
     random.seed(seed)
     return function(*args)
+
+
+def drawn(transform, n=1, *size):
+    """What `transform` draws for n images, from the generator that it uses when it is called."""
+    u = np.array([[random.random() for _ in range(n)] for _ in range(transform.draws)])
+    return transform.sample(u, *size)
 
 
 def noise(height, width, seed=0):
@@ -111,10 +118,10 @@ def test_flip_mirrors_half_of_the_images():
 def test_color_multiplies_each_channel_by_its_gain_and_clips():
     img = noise(16, 16)
     for seed in range(20):
-        gains = np.array(seeded(seed, RandomColor(0.15).sample))
+        gains = seeded(seed, drawn, RandomColor(0.15))[:, 0]
         ours = seeded(seed, RandomColor(0.15), img)
         assert np.abs(ours - np.clip(img * gains, 0, 255)).max() <= 0.5 + 1e-4
-    gains = np.array([RandomColor(0.15).sample() for _ in range(3000)])
+    gains = drawn(RandomColor(0.15), 3000).T
     assert ks_distance(gains.ravel(), np.linspace(0.85, 1.15, 5000)) < 0.03
     assert np.abs(np.corrcoef(gains.T) - np.eye(3)).max() < 0.08
 
@@ -137,7 +144,7 @@ def test_rotation_turns_by_the_drawn_angle_and_leaves_no_black_corner():
     white = np.full((128, 96, 3), 255, np.uint8)
     angles = []
     for seed in range(300):
-        angle = seeded(seed, RandomRotate(15).sample)
+        angle = seeded(seed, drawn, RandomRotate(15))[0]
         turned = seeded(seed, RandomRotate(15), img).astype(float)
         assert seeded(seed, RandomRotate(15), white).min() == 255
         across = turned[turned.shape[0] // 2, [8, -9], :2]
@@ -149,8 +156,7 @@ def test_rotation_turns_by_the_drawn_angle_and_leaves_no_black_corner():
 
 def test_sized_crop_follows_its_law():
     crop = RandomSizedCrop(128)
-    boxes = np.array([crop.sample(144, 144) for _ in range(4000)])
-    x, y, w, h = boxes.T
+    x, y, w, h = drawn(crop, 4000, 144, 144)
     assert (x >= 0).all() and (y >= 0).all() and (x + w <= 144).all() and (y + h <= 144).all()
     area, ratio = w * h / 144**2, np.log(w / h)
     assert area.min() > 0.24 and np.abs(ratio).max() < math.log(4 / 3) + 0.03
@@ -164,7 +170,7 @@ def test_sized_crop_follows_its_law():
 
 def test_sized_crop_falls_back_to_the_central_square():
     crop = RandomSizedCrop(8, area_range=(1.0, 1.0))
-    assert crop.sample(100, 20) == (40, 0, 20, 20)
+    assert np.array_equal(drawn(crop, 1, 100, 20), [[40], [0], [20], [20]])
     img = noise(20, 100)
     assert np.array_equal(crop(img), Scale((8, 8))(img[:, 40:60]))
 
@@ -273,6 +279,49 @@ def test_the_law_of_the_source_regions_is_the_same():
             assert ks_distance(fused[:, corner, axis], steps[:, corner, axis]) < bound
     for measure in (angle, area):
         assert ks_distance(measure(fused), measure(steps)) < bound
+
+
+def old_law(width, height):
+    """The augmentation of one image as `random` alone would draw it: flip, gains, angle, crop."""
+    flip, gains = random.random() < 0.5, [random.uniform(0.85, 1.15) for _ in range(3)]
+    degrees = random.uniform(-15, 15)
+    inner_w, inner_h = map(int, inscribed_size(width, height, math.radians(degrees)))
+    for _ in range(10):
+        area = inner_w * inner_h * random.uniform(0.25, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if w <= inner_w and h <= inner_h:
+            x, y = random.randint(0, inner_w - w), random.randint(0, inner_h - h)
+            return [flip, *gains, degrees, x, y, w, h]
+    side = min(inner_w, inner_h)
+    return [flip, *gains, degrees, (inner_w - side) // 2, (inner_h - side) // 2, side, side]
+
+
+@pytest.mark.parametrize("size", [(144, 144), (144, 216), (400, 144)])
+def test_the_law_of_many_images_is_that_of_one_at_a_time(size):
+    n = 4000
+    random.seed(1)
+    expected = np.array([old_law(*size) for _ in range(n)]).T
+    u = np.random.default_rng(2).random((27, n), np.float32).astype(float)
+    flip, color, rotate, crop = TRAIN[1:5]
+    turn = rotate.sample(u[4:5])
+    box = crop.sample(u[5:], *inscribed_size(*size, turn))
+    found = [flip.sample(u[:1]), *color.sample(u[1:4]), np.degrees(turn), *box]
+    bound = 1.95 * math.sqrt(2 / n)  # p = 0.001
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ks_distance(ours, theirs) < bound
+    together = np.corrcoef(np.stack(found)) - np.corrcoef(expected)
+    assert np.abs(together).max() < 0.1
+
+
+def test_an_augmentation_does_not_depend_on_the_images_drawn_with_it():
+    u = np.random.default_rng(3).random((300, Compose(TRAIN).draws), np.float32)
+    size = np.random.default_rng(4).integers(60, 500, (2, 300))
+    warps, gains = sample_warps(u, size, size, *TRAIN[1:5])
+    assert warps.shape == (300, 6) and gains.shape == (300, 3)
+    for i in range(300):
+        warp, gain = sample_warps(u[[i]], size[:, [i]], size[:, [i]], *TRAIN[1:5])
+        assert np.array_equal(warp[0], warps[i]) and np.array_equal(gain[0], gains[i])
 
 
 def angle(points):

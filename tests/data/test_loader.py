@@ -20,10 +20,12 @@ import torch
 from small_dataset import AUGMENT, VAL, make_root
 
 from custom_dataloader import MiniPlacesLoader
+from deepvision.data.device_augment import AugmentParams
 from deepvision.data.loader import (
     ResumableBatchSampler,
     SeededDataset,
     training_batches,
+    uniform_table,
     validation_batches,
 )
 from utils import UserError
@@ -152,14 +154,49 @@ def test_the_trainers_own_random_numbers_are_left_alone(root, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_batch_written_in_place_holds_the_bits_of_its_samples(root, workers):
     """And separate memory: a batch that is kept does not change when the next ones come."""
-    keep, apart = (MiniPlacesLoader(root, transforms=AUGMENT) for _ in range(2))
-    apart.transforms = lambda img: AUGMENT(img)  # has no shape: collated sample by sample
+    keep, apart = (MiniPlacesLoader(root, transforms=VAL) for _ in range(2))
+    apart.transforms = lambda img: VAL(img)  # has no shape: collated sample by sample
     whole = list(training_batches(keep, 4, 1, workers))
     pieces = list(training_batches(apart, 4, 1, workers))
     assert len(whole) == 6 and keep.image_shape == (3, 128, 128) and apart.image_shape is None
     assert torch.equal(collect(whole)[0], collect(pieces)[0])
     assert torch.equal(collect(whole)[1], collect(pieces)[1])
     assert whole[0][0].is_shared() == (workers > 0)
+
+
+def test_an_augmentation_follows_from_seed_epoch_and_index_alone(root):
+    """Whatever the batch: its size, its other images, its place in the epoch."""
+    data, found = MiniPlacesLoader(root, transforms=AUGMENT), {}
+    for batch_size in (1, 4, 24):
+        loader = training_batches(data, batch_size, 1, 0)
+        loader.batch_sampler.set_position(5)
+        found[batch_size] = samples_by_index(loader, 5, loader)
+    for i in range(24):
+        assert torch.equal(found[1][i], found[4][i]) and torch.equal(found[1][i], found[24][i])
+    other = training_batches(data, 24, 2, 0)
+    other.batch_sampler.set_position(5)
+    assert not any(
+        torch.equal(image, found[1][i]) for i, image in samples_by_index(other, 5, other).items()
+    )
+
+
+def test_rows_of_the_tables_draw_unlike_numbers():
+    """Of one epoch, of two, of two seeds, and unlike the numbers that order the epoch."""
+    tables = [uniform_table(*key, 3000, 5) for key in ((1, 0), (1, 1), (2, 0))]
+    order = np.random.default_rng((1, 0)).random((3000, 5), np.float32)
+    columns = np.concatenate([*tables, order, np.roll(tables[0], 1, axis=0)], axis=1).T
+    assert np.abs(np.corrcoef(columns) - np.eye(25)).max() < 0.09
+    assert np.abs(columns.mean(1) - 0.5).max() < 0.03 and 0 <= columns.min() < columns.max() < 1
+
+
+def test_a_batch_of_augmentations_is_drawn_within_a_millisecond():
+    params, u = AugmentParams(AUGMENT, (128, 128, 3)), uniform_table(1, 0, 256, AUGMENT.draws)
+    out, seconds = np.empty((256, 10), np.float32), []
+    for _ in range(30):
+        start = time.perf_counter()
+        params.write(range(256), out, u)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1e-3
 
 
 def test_neighbouring_samples_draw_unlike_numbers():

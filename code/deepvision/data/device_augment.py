@@ -6,27 +6,31 @@ would draw; one bilinear warp, one gain per channel and the normalisation make a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from custom_affine import Affine, compose
-from custom_transforms import AUGMENTATION, FUSED, Compose, sample_warp
+from custom_transforms import FUSED, Compose, sample_warps
 from utils import UserError
 
 
 class AugmentParams:
-    """Draws, in place of the course's transforms, what they would do to an image.
+    """Makes, in place of the course's transforms, the parameters of what they would do.
 
     shape: (H, W, 3) of the images.
-    Called with an image's index, it returns a float tensor (10,): the index, the affine warp
-    (a, b, c, d, e, f) from output to image, a gain per channel. The draws are those of the
-    transforms, from `random`.
+    A sample has the `shape` (10,): the index of the image, the affine warp (a, b, c, d, e, f) from
+    output to image, a gain per channel.
 
     Raises:
         UserError: other transforms than the course's, or ones that a bilinear warp cannot replace.
     """
+
+    shape = (10,)
 
     def __init__(self, transforms: Compose | None, shape: tuple[int, ...]) -> None:
         self.steps = getattr(transforms, "transforms", [])
@@ -34,25 +38,30 @@ class AugmentParams:
         if tuple(map(type, self.steps)) not in FUSED:
             raise UserError("--cache=device supports the course's transforms only: use --cache=ram")
         scale = self.steps[0]
-        width, height = scale.target(*self.source)
+        self.scaled = width, height = scale.target(*self.source)
         reduced = self.source[0] > 2 * width or self.source[1] > 2 * height
         if reduced or scale.interpolation != cv2.INTER_LINEAR:
             raise UserError(
                 "--cache=device scales bilinearly and at most to half the size: use --cache=ram"
             )
-        self.size, self.normalize = self.steps[-3].size, self.steps[-1]
+        self.draws, self.size, self.normalize = (
+            transforms.draws,
+            self.steps[-3].size,
+            self.steps[-1],
+        )
 
-    def __call__(self, index: int) -> Tensor:
-        warp, gains = self._draw()
-        return torch.tensor([index, *warp, *gains])
+    def write(self, indices: Iterable[int], out: np.ndarray, u: np.ndarray) -> None:
+        """Write the parameters of n images to `out` (n, 10). u: uniform numbers (n, draws)."""
+        out[:, 0] = list(indices)
+        if self.draws:
+            out[:, 1:7], out[:, 7:] = sample_warps(u, self.source, self.scaled, *self.steps[1:-2])
+        else:
+            out[:, 1:7], out[:, 7:] = self._center_crop(), 1
 
-    def _draw(self) -> tuple[Affine, list[float]]:
-        if len(self.steps) == len(AUGMENTATION) + 2:
-            return sample_warp(self.source, *self.steps[:-2])
-        width, height = self.steps[0].target(*self.source)
-        x, y = (width - self.size[0]) // 2, (height - self.size[1]) // 2
+    def _center_crop(self) -> Affine:
+        (width, height), (w, h) = self.scaled, self.size
         scale = (self.source[0] / width, 0, 0, 0, self.source[1] / height, 0)
-        return compose(scale, (1, 0, x, 0, 1, y)), [1, 1, 1]
+        return compose(scale, (1, 0, (width - w) // 2, 0, 1, (height - h) // 2))
 
 
 class DeviceImages:

@@ -1,9 +1,10 @@
 """Batches whose every sample follows from (seed, epoch, index).
 
 A resumed run must train on the samples it would have trained on. So the order of an epoch is
-computed from the seed and the epoch (`ResumableBatchSampler`), and each sample seeds the generators
-that its augmentation draws from (`SeededDataset`): neither the number of workers nor the batch at
-which a run was interrupted matters.
+computed from the seed and the epoch (`ResumableBatchSampler`), and so is a table of the random
+numbers of the course's transforms, one row per sample (`uniform_table`). A student's own transforms
+draw from generators that are seeded before each sample (`SeededDataset`). Neither the number of
+workers nor the batch at which a run was interrupted matters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 
 import numpy as np
@@ -77,9 +78,10 @@ class ResumableBatchSampler:
 class SeededDataset(Dataset):
     """`dataset` under keys (epoch, index): each sample's random numbers follow from (seed, key).
 
-    The generators of Python, NumPy and torch are seeded before each sample, because students'
-    transforms draw from any of them, and restored after each batch, because without workers they
-    are the trainer's.
+    A data set with an `image_shape` writes whole batches from rows of the epoch's table. For any
+    other, the generators of Python, NumPy and torch are seeded before each sample, because
+    students' transforms draw from any of them, and restored after each batch, because without
+    workers they are the trainer's.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
@@ -89,7 +91,7 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, keys: list[Key]) -> tuple[Fetched, list[str]]:
-        """The samples of a batch, and a line for each image that is damaged.
+        """The samples of a batch of one epoch, and a line for each image that is damaged.
 
         A UserError is returned in place of the samples: torch would wrap one that a worker raises
         in the worker's traceback. `SeededLoader` raises it.
@@ -109,10 +111,10 @@ class SeededDataset(Dataset):
         """Samples, or a whole batch if the data set can write to memory that it is given."""
         if not (shape := getattr(self.dataset, "image_shape", None)):
             return [self.dataset[index] for index in map(self._seed, keys)]
-        images = _empty_batch(len(keys), *shape)
-        outputs = zip(keys, images.numpy(), strict=True)
-        labels = [self.dataset.write(self._seed(key), output) for key, output in outputs]
-        return images, torch.tensor(labels)
+        images, (epoch, _), indices = _empty_batch(len(keys), *shape), keys[0], [i for _, i in keys]
+        draws = self.dataset.transforms.draws
+        u = uniform_table(self.seed, epoch, len(self), draws)[indices]
+        return images, torch.tensor(self.dataset.write(indices, images.numpy(), u))
 
     def _seed(self, key: Key) -> int:
         """Seed the three generators for one sample; return its index."""
@@ -124,6 +126,16 @@ class SeededDataset(Dataset):
         # not torch.manual_seed, which would reseed the GPU as well
         torch.default_generator.manual_seed(words[3] >> 1)
         return index
+
+
+@lru_cache(maxsize=2)  # of the training and the validation set
+def uniform_table(seed: int, epoch: int, n: int, draws: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float32 (n, draws): row i makes the augmentation of sample i.
+
+    They follow from (seed, epoch), independent of the epoch's order.
+    """
+    sequence = np.random.SeedSequence((seed, epoch), spawn_key=(0,))
+    return np.random.default_rng(sequence).random((n, draws), np.float32)
 
 
 @contextlib.contextmanager
