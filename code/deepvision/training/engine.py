@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deepvision.runtime.device import DeviceContext
 from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.training.objectives import Objective
+from deepvision.training.optim import EMA
 
 
 def train_epoch(
@@ -30,7 +31,7 @@ def train_epoch(
     seed: int,
     clip_grad: float = 0.0,
     scaler: torch.amp.GradScaler | None = None,
-    ema: torch.optim.swa_utils.AveragedModel | None = None,
+    ema: EMA | None = None,
     after_step: Callable[[float], bool] = lambda lr: True,
 ) -> None:
     """Train on each batch until `after_step(learning rate)` returns False.
@@ -58,7 +59,7 @@ def train_epoch(
         scheduler.step()
         metrics.update(logits, y, loss)
         if ema is not None:
-            ema.update_parameters(model)
+            ema.update(model)
         timer.step_done()
         if not after_step(lr):
             return

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 from utils import LinearWarmupCosineAnnealingLR
 
@@ -63,16 +66,40 @@ def make_scheduler(
     return scheduler
 
 
-def make_ema(model: nn.Module, span: float, total_steps: int, done: int) -> AveragedModel | None:
-    """The exponential moving average of `model`, buffers included; None for span = 0.
+class EMA:
+    """The exponential moving average of a network's parameters and buffers, in `module`.
 
-    A step's weight falls to 1/e over the fraction `span` of the run (Polyak & Juditsky, 1992;
-    Tarvainen & Valpola, 2017, eq. 1).
+    A step's weight falls by the factor `decay` with each later step (Polyak & Juditsky, 1992;
+    Tarvainen & Valpola, 2017, eq. 1). Integer buffers are copied. One call averages all tensors,
+    and none waits for the device: torch's AveragedModel reads its step count from the device.
+
+    steps: steps averaged so far; 0: `model` holds no average yet.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, steps: int = 0) -> None:
+        self.module, self.decay, self.steps = copy.deepcopy(model), decay, steps
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take the state of `model` after a step into the average."""
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        others = [pair for pair in pairs if not pair[0].is_floating_point()]
+        weight = 1 - self.decay if self.steps else 1.0  # the first step is copied
+        torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), weight)
+        if others:
+            torch._foreach_copy_(*map(list, zip(*others, strict=True)))
+        self.steps += 1
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def make_ema(model: nn.Module, span: float, total_steps: int, done: int) -> EMA | None:
+    """The average in which a step's weight falls to 1/e over the fraction `span` of the run.
+
+    None for span = 0.
     done: steps that the run has done; `model` then holds an average already.
     """
-    if not span:
-        return None
-    decay = max(0.0, 1 - 1 / (span * total_steps))
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-    ema.n_averaged.fill_(done)
-    return ema
+    return EMA(model, max(0.0, 1 - 1 / (span * total_steps)), done) if span else None
