@@ -18,9 +18,9 @@ import torch
 
 from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint
-from deepvision.config import RunConfig, parse, resolve_defaults, restore
+from deepvision.config import SETTINGS, RunConfig, parse, resolve_defaults, restore
 from deepvision.data import audit
-from deepvision.data.cache import enable_cache
+from deepvision.data.cache import enable_caches
 from deepvision.evaluation.evaluator import Evaluator
 from deepvision.models import student
 from deepvision.models.registry import (
@@ -31,7 +31,13 @@ from deepvision.models.registry import (
 )
 from deepvision.runtime import distributed
 from deepvision.runtime.console import protect_streams
-from deepvision.runtime.device import choose_device, configure_backend, prepare_model
+from deepvision.runtime.device import (
+    amp_problem,
+    choose_device,
+    compile_problem,
+    configure_backend,
+    prepare_model,
+)
 from deepvision.runtime.errors import exit_code
 from deepvision.runtime.jsonl import read_json
 from deepvision.runtime.run_dir import LOGS, latest_run, run_dir_of, run_launched_as
@@ -41,6 +47,7 @@ from utils import UserError, relpath
 
 def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
     """Run one command line; return the exit code. logs: where run folders are."""
+    config = None
     try:
         require_torch()
         script, words = (sys.argv[0], sys.argv[1:]) if argv is None else ("main.py", argv)
@@ -54,7 +61,7 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
         sys.stdout.flush()
         return code
     except (Exception, KeyboardInterrupt) as e:
-        return exit_code(e)
+        return exit_code(e, *([config.memory_advice] if config else []))
 
 
 def require_torch() -> None:
@@ -65,17 +72,18 @@ def require_torch() -> None:
 
 def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[], int]:
     """Make everything that the command needs; return its last step, which returns the exit code."""
-    configure_backend(device, config.deterministic)
+    configure_backend(device, config.deterministic, config.trains)
     num_classes = count_classes(config.data_folder)
     config, ckpt = find_checkpoint(config, logs)
     config, changed = restore_settings(config, ckpt, logs)
     torch.manual_seed(config.seed)
     model, kind = make_network(config, ckpt, num_classes)
-    config = resolve_defaults(config, kind)
+    config = drop_unusable(resolve_defaults(config, kind), kind, device)
     model, context = prepare_model(model, device, config.amp, config.compile)
     datasets = load_datasets(config, ckpt, num_classes)
-    for dataset in datasets:
-        enable_cache(dataset, config.cache, config.workers, device)
+    epochs, strict = config.trains and config.epochs - config.start_epoch, "cache" in config.named
+    cache = enable_caches(datasets, config.cache, config.workers, device, epochs, strict)
+    config = replace(config, cache=cache)
     if not config.trains:
         return Evaluator(config, model, datasets[-1], context, logs).run
     resumed = Resumed(ckpt, config.resume, changed) if config.resume else None
@@ -130,6 +138,26 @@ def restore_settings(config: RunConfig, ckpt: dict, logs: Path) -> tuple[RunConf
     for name, (old, new) in changed.items():
         print(f"Changed for this run: {name} from {old} to {new}.")
     return config, changed
+
+
+def drop_unusable(config: RunConfig, kind: str, device: torch.device) -> RunConfig:
+    """`config` without restored settings of the machine that this one cannot do, with a line each.
+
+    Raises:
+        UserError: the command line names such a setting.
+    """
+    problems = {
+        "amp": amp_problem(config.amp, device),
+        "compile": config.compile and compile_problem(kind, device),
+    }
+    for name, problem in problems.items():
+        if not problem:
+            continue
+        if name in config.named:
+            raise UserError(problem)
+        print(f"{problem}; this run continues without it.")
+        config = replace(config, **{name: SETTINGS[name]})
+    return config
 
 
 def make_network(config: RunConfig, ckpt: dict, num_classes: int) -> tuple[torch.nn.Module, str]:

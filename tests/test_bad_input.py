@@ -297,7 +297,7 @@ def test_a_worker_that_dies_is_one_line(sample_root, tmp_path):
     assert process.returncode == 1 and time.monotonic() - begun < 60
     assert err == (
         "error: a process that loads images died (memory may have run out, or /dev/shm is full): "
-        "use fewer of them, -j 1 or -j 0\n"
+        "use -j 0, or --cache=device on a GPU; Docker gives /dev/shm more with --shm-size=8g\n"
     )
 
 
@@ -315,7 +315,7 @@ def test_a_full_dev_shm_is_one_line(sample_root, tmp_path):
     )
     assert done.returncode == 1
     assert re.fullmatch(
-        r"error: a process that loads images died \(.*/dev/shm is full\): use fewer of them, -j 1 "
-        r"or -j 0\n",
+        r"error: a process that loads images died \(.*/dev/shm is full\): use -j 0, or --cache=dev"
+        r"ice on a GPU; Docker gives /dev/shm more with --shm-size=8g\n",
         done.stderr,
     )

@@ -1,8 +1,10 @@
 """Settings: parsed, validated, restored on resume, given a network's defaults."""
 
+import re
 from dataclasses import fields
 
 import pytest
+import torch
 
 from deepvision.config import (
     GROUPS,
@@ -14,6 +16,7 @@ from deepvision.config import (
     resolve_defaults,
     restore,
 )
+from deepvision.runtime.errors import explain
 from utils import UserError
 
 
@@ -114,6 +117,22 @@ def test_a_named_setting_that_contradicts_a_restored_one_is_refused():
 def test_invalid_saved_settings_are_refused(bad):
     with pytest.raises(UserError, match=f"setting {next(iter(bad))} = .* is invalid"):
         restore(parse(["data", "--resume=x"]), bad)
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["-b=64", "--cache=ram"], r"use a smaller batch size \(-b 32\)$"),
+        (["-b=64"], r"\(-b 32\) or --cache=none$"),
+        (["-e", "--resume=x"], r"nvidia-smi"),
+        (["-a", "--resume=x", "--attack-suite=standard"], r"--attack-images"),
+    ],
+)
+def test_advice_for_a_full_gpu_depends_on_the_command(words, advice):
+    config = parse(["data", *words])
+    assert re.search(advice, config.memory_advice)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert re.search(advice, explain(error, config.memory_advice))
 
 
 def test_the_resume_command_can_be_pasted():

@@ -312,6 +312,18 @@ def test_a_mistake_gets_one_line_and_creates_nothing(
     assert not (tmp_path / "logs").exists()
 
 
+def test_a_resume_does_without_what_this_machine_lacks(trained, sample_root, tmp_path, capsys):
+    ckpt = torch.load(trained[1] / "models/checkpoint.pth.tar", weights_only=True)
+    ckpt["config"] |= {"amp": "fp16", "cache": "device", "epochs": 4}
+    torch.save(ckpt, path := tmp_path / "checkpoint.pth.tar")
+    words = [str(sample_root), f"--resume={path}", *CPU]
+    assert main.main(words, tmp_path / "logs") == 0
+    assert "--amp=bf16; this run continues without it." in capsys.readouterr().out
+    (folder,) = (tmp_path / "logs").iterdir()
+    arguments = json.loads((folder / "config.json").read_text())["arguments"]
+    assert (arguments["amp"], arguments["cache"], len(without_clock(folder))) == ("off", "device", 1)
+
+
 def test_an_unreadable_image_stops_the_run_by_name(tree, sample_root, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(sample_root, root)

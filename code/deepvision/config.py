@@ -212,7 +212,9 @@ class RunConfig:
     compile: bool = flag(False, "torch.compile: a minute to start, then faster steps")
     deterministic: bool = flag(False, "the same bits from every run on the same GPU")
     cache: str = flag(
-        "none", "keep decoded images; device = on the GPU", ("none", "ram", "disk", "device")
+        "auto",
+        "keep decoded images; device = on the GPU; auto = there, for 2 epochs or more",
+        ("auto", "none", "ram", "disk", "device"),
     )
 
     check_data: bool = flag(False, "read every file, report faults, exit")
@@ -271,6 +273,16 @@ class RunConfig:
     def trains(self) -> bool:
         """Whether this run trains, rather than evaluates or attacks."""
         return not (self.evaluate or self.attack)
+
+    @property
+    def memory_advice(self) -> str:
+        """What to do where the GPU's memory is too small for this command."""
+        if self.trains:
+            smaller = f"use a smaller batch size (-b {max(1, self.batch_size // 2)})"
+            return f"{smaller} or --cache=none" if self.cache in ("auto", "device") else smaller
+        if self.attack_suite:
+            return "use a smaller --attack-images"
+        return "end what else runs on the GPU (nvidia-smi lists it), or use --gpu=-1"
 
     def as_dict(self) -> dict:
         """The settings as plain values, for config.json and checkpoints."""

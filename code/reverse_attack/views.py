@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepvision.attacks.norms import on_device
+
 MIN_CROP = 0.2  # smallest area of a crop, as a fraction of the image; SimCLR's is 0.08
 RATIO = (3 / 4, 4 / 3)  # width / height of a crop
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
@@ -19,6 +21,7 @@ P_JITTER, P_GREY, P_FLIP = 0.8, 0.2, 0.5
 
 LUMA = (0.299, 0.587, 0.114)
 YIQ = (LUMA, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+FROM_YIQ = tuple(map(tuple, torch.tensor(YIQ, dtype=torch.float64).inverse().tolist()))
 
 
 def views(
@@ -33,7 +36,8 @@ def views(
 def uniform(n: int, low: float, high: float, like: Tensor, generator) -> Tensor:
     """(n,) uniform numbers, drawn on the generator's device: a seed means the same anywhere."""
     device = like.device if generator is None else generator.device
-    return low + (high - low) * torch.rand(n, generator=generator, device=device).to(like)
+    drawn = torch.rand(n, generator=generator, device=device)
+    return low + (high - low) * drawn.to(like, non_blocking=like.is_cuda)
 
 
 def crop(x: Tensor, generator: torch.Generator | None, min_crop: float = MIN_CROP) -> Tensor:
@@ -69,7 +73,7 @@ def jitter_colour(x: Tensor, generator: torch.Generator | None) -> Tensor:
     )
     turn = torch.where(jittered, uniform(N, -JITTER[3], JITTER[3], x, generator), 0.0)
     s = torch.where(uniform(N, 0, 1, x, generator) < P_GREY, 0.0, s)
-    luma = x.new_tensor(LUMA)
+    luma = on_device(LUMA, x.dtype, x.device)
     s = s.view(N, 1, 1)
     saturation = s * torch.eye(3, device=x.device) + (1 - s) * luma.expand(3, 3)
     matrix = (b * c).view(N, 1, 1) * (hue_rotation(turn) @ saturation)  # (N, 3, 3)
@@ -80,9 +84,9 @@ def jitter_colour(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def hue_rotation(turn: Tensor) -> Tensor:
     """Turns of the colour circle (N,) to matrices (N, 3, 3) on RGB."""
-    to_yiq = turn.new_tensor(YIQ)
+    to_yiq, from_yiq = (on_device(m, turn.dtype, turn.device) for m in (YIQ, FROM_YIQ))
     cos, sin = (2 * math.pi * turn).cos(), (2 * math.pi * turn).sin()
-    rotation = torch.eye(3).to(turn).repeat(len(turn), 1, 1)
+    rotation = torch.eye(3, dtype=turn.dtype, device=turn.device).repeat(len(turn), 1, 1)
     rotation[:, 1, 1], rotation[:, 1, 2] = cos, -sin
     rotation[:, 2, 1], rotation[:, 2, 2] = sin, cos
-    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    return from_yiq @ rotation @ to_yiq

@@ -240,6 +240,83 @@ class Late(Dataset):
         return self.read(index)
 
 
+# --- auto -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "epochs", "nbytes", "free", "place"),
+    [
+        ("cuda", 60, 10, 30, "device"),
+        ("cuda", 60, 10, 29, "none"),  # more than a third
+        ("cuda", 2, 10, 30, "device"),
+        ("cuda", 1, 10, 30, "none"),
+        ("cuda", 0, 10, 30, "none"),  # an evaluation
+        ("cpu", 60, 10, 30, "none"),
+        ("mps", 60, 10, 30, "none"),
+    ],
+)
+def test_auto_is_the_gpu_where_it_pays_and_has_room(device, epochs, nbytes, free, place):
+    assert cache.choose_cache(device, epochs, nbytes, free) == place
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The CPU stands for a GPU on which auto chooses the device."""
+    choose = cache.choose_cache
+    monkeypatch.setattr(cache, "choose_cache", lambda _, *rest: choose("cuda", *rest))
+    return monkeypatch
+
+
+def enable(root, place, strict=True, epochs=2, transforms=None):
+    sets = [
+        MiniPlacesLoader(root, split="train", transforms=transforms or get_train_transforms()),
+        MiniPlacesLoader(root, split="val", transforms=get_val_transforms()),
+    ]
+    return cache.enable_caches(sets, place, 0, CPU, epochs, strict), sets
+
+
+def test_auto_caches_both_sets(root, as_on_a_gpu, capsys):
+    place, sets = enable(root, "auto")
+    assert place == "device" and all(hasattr(s, "device_transform") for s in sets)
+    assert capsys.readouterr().out.count("images take") == 2
+
+
+def test_auto_leaves_alone_what_the_device_cannot_do(root, as_on_a_gpu, capsys):
+    place, (train, val) = enable(root, "auto", transforms=Compose([Scale(144), ToTensor()]))
+    assert place == "none" and train[0][0].shape == (3, 144, 144)
+    assert "The train images are not cached: --cache=device supports" in capsys.readouterr().out
+    name = train.paths[7]
+    save_image(root / "images" / name, np.zeros((60, 90, 3), np.uint8))
+    assert enable(root, "auto")[0] == "none"
+    assert f"not cached: {name} has 90×60 pixels" in capsys.readouterr().out
+    (root / "images" / train.paths[0]).write_bytes(b"<html>")
+    assert enable(root, "auto")[0] == "none"
+    assert "not cached: cannot read the image" in capsys.readouterr().out
+
+
+def test_auto_without_memory_is_a_line(root, as_on_a_gpu, capsys):
+    as_on_a_gpu.setattr(cache, "free_memory", lambda device: 10**7)
+    assert enable(root, "auto")[0] == "none"
+    assert "not cached: 0.01 GB is more than a third of the 0.01 GB" in capsys.readouterr().out
+
+
+def test_a_named_cache_raises_and_a_restored_one_does_not(root, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match="GB free: use --cache=none"):
+        enable(root, "device")
+    assert enable(root, "device", strict=False)[0] == "none"
+    assert capsys.readouterr().out.count("images are not cached") == 2
+
+
+def test_memory_that_is_gone_meanwhile_is_the_same_error(root, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(UserError, match=r"take 0.00 GB and ram has 0.00 GB free"):
+        cached(root, "ram")
+
+
 # --- the device -------------------------------------------------------------------------------
 
 

@@ -7,8 +7,31 @@ import itertools
 import pytest
 import torch
 from reverse_toys import random
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reverse_attack.views import crop, hue_rotation, jitter_colour, views
+
+
+class Copies(TorchDispatchMode):
+    """Collects the operations that move values from one device to another."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+        if len({t.device for t in tensors if t.dim() > 0}) > 1:
+            self.found.append(function)
+        return result
+
+
+def test_views_on_a_device_copy_nothing_to_it():
+    """ "meta" stands for it; a read of a value would fail there."""
+    x = torch.empty(5, 3, 8, 8, device="meta")
+    views(x, 2)  # constants are copied once
+    copies = Copies()
+    copies.found = []
+    with copies:
+        assert views(x, 2).shape == (5, 2, 3, 8, 8)
+    assert not copies.found
 
 
 def test_every_view_is_drawn_by_itself_and_follows_the_seed():

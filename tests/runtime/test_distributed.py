@@ -24,6 +24,8 @@ from deepvision import checkpoint
 from deepvision.data.loader import ResumableBatchSampler, training_batches, validation_batches
 from deepvision.models import registry
 from deepvision.models.scene_net import SceneNet
+from deepvision.runtime import distributed
+from deepvision.training.engine import step_seed
 from utils import UserError
 
 if not hasattr(os, "fork"):
@@ -45,6 +47,7 @@ BUILDERS = {
     "torch_conv": lambda n: nn.Sequential(
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, n)
     ),
+    "vit": lambda n: Spare(n),
     "scene_net": lambda n: forgetful(SceneNet(n, width=8, depths=(1, 1, 1))),
 }
 TRAIN = ["--epochs=2", "-b=16", "--lr=0.02", "--warmup=1", "-p=1"]
@@ -176,12 +179,59 @@ def test_two_processes_count_the_hits_of_one(sample_root, one, look):
     (run_folder(one[0]) / "evaluations.jsonl").unlink()
 
 
-@pytest.mark.parametrize("mode", ["free", "trades"])
-def test_adversarial_training_goes_on_in_step(sample_root, tmp_path, mode):
-    """Each mode runs the network another number of times per step of the optimizer."""
-    text = run(tmp_path, str(sample_root), *TRAIN, f"--at={mode}", "--pgd-prob=0.6")
+@pytest.mark.parametrize("words", [["free"], ["trades"], ["trades", "--use-scene-net"]], ids=str)
+def test_adversarial_training_goes_on_in_step(sample_root, tmp_path, words):
+    """Each mode runs the network another number of times per step of the optimizer.
+
+    With normalisation, the second pass of a step must leave what the first has saved.
+    """
+    mode, *network = words
+    text = run(tmp_path, str(sample_root), *TRAIN, *network, f"--at={mode}", "--pgd-prob=0.5")
     assert text.count("Robust accuracy") == 2
     assert len(rows(run_folder(tmp_path) / "metrics.jsonl")) == 2
+
+
+class Spare(nn.Module):
+    """Has a layer that takes no part in the output, as some answers do."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc, self.spare = nn.Linear(3, num_classes), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_network_with_an_unused_layer_trains(sample_root, tmp_path):
+    run(tmp_path, str(sample_root), *TRAIN, "--use-vit")
+    assert len(rows(run_folder(tmp_path) / "metrics.jsonl")) == 2
+
+
+def test_the_noise_of_a_step_differs_between_processes():
+    seeds = {step_seed(1, 2), *(step_seed(1, 2, rank) for rank in range(8))}
+    assert len(seeds) == 9
+
+
+def test_torchruns_report_ends_with_our_line(sample_root, tmp_path):
+    words = ["--standalone", "--nproc_per_node=2", str(CODE / "main.py"), str(tmp_path / "nowhere")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--gpu=-1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    report = done.stderr.partition("Root Cause")[2]
+    assert done.returncode != 0
+    assert f"error: there is no folder {tmp_path / 'nowhere'}" in report and "Trace" not in report
+
+
+def test_an_early_end_keeps_its_cause(monkeypatch):
+    monkeypatch.setattr(distributed, "launch_id", lambda: "test")
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend: None)
+    join = distributed.process_group(torch.device("cpu"))
+    with pytest.raises(UserError, match="Duplicate GPU detected") as error, join:
+        raise torch.distributed.DistBackendError("NCCL error: Duplicate GPU detected\nmore")
+    assert isinstance(error.value.__cause__, torch.distributed.DistBackendError)
 
 
 def test_shares_are_parts_of_the_same_batches(sample_root):

@@ -55,7 +55,7 @@ class InputScale:
                 "pass InputScale(unit, mean, std) for this input"
             )
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        return _on_device(tuple(values), x.dtype, x.device).view(shape)
+        return on_device(tuple(values), x.dtype, x.device).view(shape)
 
     def scale(self, x: Tensor) -> Tensor:
         """Units of epsilon per unit of the model's input: (1, C, 1, ...)."""
@@ -103,8 +103,8 @@ class InputScale:
 
 
 @lru_cache(maxsize=64)
-def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A cached copy: each copy to a GPU waits for all the work queued there."""
+def on_device(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A cached copy of constants: each copy to a GPU waits for all the work queued there."""
     with torch.inference_mode(False):  # autograd cannot use an inference tensor
         return torch.tensor(values, dtype=dtype, device=device)
 

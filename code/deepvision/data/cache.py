@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,65 @@ from deepvision.data.device_augment import AugmentParams, DeviceImages
 from utils import UserError
 
 
+def enable_caches(
+    datasets: Sequence[MiniPlacesLoader],
+    place: str,
+    workers: int,
+    device: torch.device,
+    epochs: int,
+    strict: bool,
+) -> str:
+    """Make the data sets read from `place`, or from what auto means; return the place.
+
+    epochs: of training. strict: raise where a set cannot be cached; else it is left as it is, with
+    a line. auto is never strict.
+
+    Raises:
+        UserError: as `enable_cache`.
+    """
+    if place == "auto":
+        place, strict = auto_place(datasets, device, epochs), False
+    used = place
+    for dataset in datasets:
+        try:
+            enable_cache(dataset, place, workers, device)
+        except UserError as e:
+            if strict:
+                raise
+            used = "none"
+            print(f"The {dataset.split} images are not cached: {e}.")
+    return used
+
+
+def auto_place(datasets: Sequence[MiniPlacesLoader], device: torch.device, epochs: int) -> str:
+    """What auto means for these sets; a line says so where the device has too little memory."""
+    try:
+        nbytes = sum(decoded_images(dataset).nbytes for dataset in datasets)
+    except UserError:  # an image cannot be read: to enable the cache names it
+        nbytes = 0
+    place, free = choose_cache(device.type, epochs, nbytes, sys.maxsize), free_memory(device)
+    if place == "device" and choose_cache(device.type, epochs, nbytes, free) != place:
+        print(
+            f"The images are not cached: {nbytes / 1e9:.2f} GB is more than a third of the "
+            f"{free / 1e9:.2f} GB free on {device}."
+        )
+        return "none"
+    return place
+
+
+def choose_cache(device: str, epochs: int, nbytes: int, free: int) -> str:
+    """device, where decoding once pays and the images fit in a third of the free memory; or none.
+
+    device: its type. epochs: of training. nbytes: of the decoded images. free: bytes there.
+    """
+    return "device" if device == "cuda" and epochs >= 2 and 3 * nbytes <= free else "none"
+
+
+def decoded_images(dataset: MiniPlacesLoader) -> DecodedImages:
+    """The images of a data set before their augmentation."""
+    return DecodedImages(dataset.read, dataset.image_folder, dataset.paths, dataset.split)
+
+
 def enable_cache(dataset: MiniPlacesLoader, place: str, workers: int, device: torch.device) -> None:
     """Make `dataset` read from `place` (none, ram, disk, device) instead of from image files.
 
@@ -30,7 +90,7 @@ def enable_cache(dataset: MiniPlacesLoader, place: str, workers: int, device: to
     """
     if place == "none":
         return
-    images = DecodedImages(dataset.read, dataset.image_folder, dataset.paths, dataset.split)
+    images = decoded_images(dataset)
     if place == "ram":
         dataset.read = ram_images(images, workers).read
     elif place == "disk":
@@ -75,8 +135,12 @@ def fill(images: DecodedImages, workers: int, device: torch.device | None) -> Te
     Raises:
         UserError: there is too little memory.
     """
-    check_free_space(images, str(device or "ram"), free_memory(device))
-    memory = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    place = str(device or "ram")
+    check_free_space(images, place, free_memory(device))
+    try:
+        memory = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:  # another process has taken it meanwhile
+        check_free_space(images, place, 0)
     memory = memory if device else memory.share_memory_()
     start = 0
     for batch in images.batches(workers):
@@ -93,7 +157,9 @@ def check_free_space(images: DecodedImages, place: str, free: int) -> None:
     """
     needs = f"{len(images)} {images.name} images take {images.nbytes / 1e9:.2f} GB"
     if images.nbytes > free:
-        raise UserError(f"--cache: {needs} and {place} has {free / 1e9:.2f} GB free: use another")
+        raise UserError(
+            f"--cache: {needs} and {place} has {free / 1e9:.2f} GB free: use --cache=none"
+        )
     known = "" if free == sys.maxsize else f" of {free / 1e9:.2f} GB free"
     print(f"Cache: {needs}{known} ({place}).")
 

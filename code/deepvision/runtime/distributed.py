@@ -9,11 +9,13 @@ rank 0 of 1, and these functions cost it nothing.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,7 +42,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes, if there are any.
 
     Raises:
-        UserError: one of them ended early.
+        UserError: one of them ended early, or they cannot work together.
     """
     if not launch_id():
         yield
@@ -57,7 +59,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e).lower():
             raise
-        raise UserError("another process of this run ended early") from None
+        why = str(e).splitlines()[0]
+        raise UserError(f"another process of this run failed or ended early ({why})") from e
 
 
 def init_process_group(backend: str) -> None:
@@ -103,9 +106,24 @@ def rank_slice() -> slice:
     return slice(rank, None, world_size())
 
 
-def wrap_ddp(model: nn.Module) -> nn.Module:
-    """`model` for training: each backward pass averages the gradients of all processes."""
-    return model if world_size() == 1 else DistributedDataParallel(model)
+def wrap_ddp(model: nn.Module, has_unused: bool = False) -> nn.Module:
+    """`model` for training: each backward pass averages the gradients of all processes.
+
+    has_unused: some parameters take no part in the output.
+    Buffers stay apart until `sync_buffers`: to broadcast them in each forward pass would change
+    the statistics that an earlier pass of the same step has saved for its backward pass (TRADES).
+    """
+    if world_size() == 1:
+        return model
+    options = {"broadcast_buffers": False, "find_unused_parameters": has_unused}
+    return DistributedDataParallel(model, **options)
+
+
+def report_to_torchrun(message: str) -> None:
+    """Have torchrun print `message` at the end of its own report, instead of no cause at all."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": message, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps(report))
 
 
 @torch.no_grad()

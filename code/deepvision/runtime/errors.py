@@ -9,9 +9,13 @@ import sys
 
 import torch
 
+from deepvision.runtime import distributed
 from utils import UserError
 
-DEAD_WORKER = "a process that loads images died ({}): use fewer of them, -j 1 or -j 0"
+DEAD_WORKER = (
+    "a process that loads images died ({}): use -j 0, or --cache=device on a GPU; "
+    "Docker gives /dev/shm more with --shm-size=8g"
+)
 NO_MEMORY = "memory may have run out, or /dev/shm is full"
 
 
@@ -25,8 +29,10 @@ def worker_death(error: RuntimeError) -> UserError | None:
     return None
 
 
-def exit_code(error: BaseException) -> int:
+def exit_code(error: BaseException, memory_advice: str = "use a smaller batch size") -> int:
     """Print what the user needs to know about `error` and return the exit code.
+
+    memory_advice: what to do where the GPU's memory is too small.
 
     Raises:
         error: itself, where it is a bug and not a user's mistake.
@@ -34,21 +40,22 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("Stopped at once; saved files are intact.", file=sys.stderr)
         return 130
-    message = explain(error)
+    message = explain(error, memory_advice)
     if message is None:
         raise error
     if hasattr(signal, "SIGCHLD"):  # torch raises again at each worker that ends from here on
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     print(f"error: {message}", file=sys.stderr)
+    distributed.report_to_torchrun(f"error: {message}")
     return 1
 
 
-def explain(error: BaseException) -> str | None:
+def explain(error: BaseException, memory_advice: str) -> str | None:
     """One line for a user's mistake or a limit of the machine; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is too small for this: use a smaller batch size"
+        return f"the GPU's memory is too small for this: {memory_advice}"
     if isinstance(error, RuntimeError) and (death := worker_death(error)):
         return str(death)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE):

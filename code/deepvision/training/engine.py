@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deepvision.runtime import distributed
 from deepvision.runtime.device import DeviceContext
 from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.training.objectives import Objective
@@ -46,7 +47,11 @@ def train_epoch(
         timer.data_ready()
         x, y = context.to_device(x, y)
         torch.manual_seed(step_seed(seed, scheduler.last_epoch))
-        for _ in range(objective.begin_batch(scheduler.last_epoch)):  # 1, or replays (free)
+        passes = objective.begin_batch(scheduler.last_epoch)  # 1, or replays (free)
+        if distributed.world_size() > 1:  # the choices for the batch are common, the noise is not
+            rank = distributed.rank_slice().start
+            torch.manual_seed(step_seed(seed, scheduler.last_epoch, rank))
+        for _ in range(passes):
             logits, loss = objective(model, x, y)  # attacks the batch first, if it is adversarial
             optimizer.zero_grad()  # after the attack: none of its gradients may reach the step
             scaler.scale(loss).backward()
@@ -65,9 +70,10 @@ def train_epoch(
             return
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of a training step's random numbers."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, *rank: int) -> int:
+    """The seed of a training step's random numbers, common to all ranks or of one."""
+    sequence = np.random.SeedSequence((seed, step), spawn_key=rank)
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def evaluate(

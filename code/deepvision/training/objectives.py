@@ -76,14 +76,20 @@ class CutMix(Standard):
 
     num_classes: int = 100
     prob: float = 0.5
+    mixes: bool = field(default=False, init=False)  # the current batch
 
     def __post_init__(self) -> None:
         from torchvision.transforms import v2  # takes seconds to import
 
         self.mix = v2.CutMix(num_classes=self.num_classes)
 
+    def begin_batch(self, step: int) -> int:
+        """Decide whether this batch is mixed; one optimizer step."""
+        self.mixes = bool(torch.rand(()) < self.prob)
+        return 1
+
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.rand(()) < self.prob:
+        if self.mixes:
             x, y = self.mix(x, y)  # y: (N,) -> (N, K)
         return super().__call__(model, x, y)
 

@@ -27,7 +27,7 @@ from deepvision.models.registry import NETWORK_NAMES
 from deepvision.runtime import distributed, run_dir
 from deepvision.runtime.atomic import write_atomically
 from deepvision.runtime.console import Console, final_line
-from deepvision.runtime.device import DeviceContext
+from deepvision.runtime.device import DeviceContext, changing_shapes, has_unused_parameters
 from deepvision.runtime.jsonl import read_json
 from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer
 from deepvision.runtime.provenance import provenance
@@ -122,7 +122,8 @@ class Trainer:
         if ckpt.get("watchdog") is not None:
             with checkpoint.validated("watchdog"):
                 self.guard.load_state_dict(ckpt["watchdog"], model)
-        self.replica = distributed.wrap_ddp(model)
+        unused = distributed.world_size() > 1 and has_unused_parameters(model, context)
+        self.replica = distributed.wrap_ddp(model, unused)
         self.stop, self.checkpoint_timer = StopSignal(), CheckpointTimer(config.save_every)
         self.run_dir = self._run_dir(logs)
         self.models = self.run_dir / "models"
@@ -294,7 +295,8 @@ class Trainer:
         x, y = self.context.to_device(*self.fixed_subset)
         epsilon = self.objective.epsilon
         attack = PGD(epsilon=epsilon, pixels=self.objective.scale, early_stop=True)
-        accuracy = torch.tensor(accuracy_under_attack(self.network, attack, x, y))
+        with changing_shapes():  # a sample leaves the batch when the attack succeeds
+            accuracy = torch.tensor(accuracy_under_attack(self.network, attack, x, y))
         accuracy = distributed.all_reduce_sum(accuracy).item() / distributed.world_size()
         print(
             f"Robust accuracy {accuracy:.1f} (untargeted PGD-{attack.steps}, l_inf, "
