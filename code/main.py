@@ -20,6 +20,7 @@ from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint
 from deepvision.config import SETTINGS, RunConfig, parse, resolve_defaults, restore
 from deepvision.data import audit
+from deepvision.data.augmentation import adapt_augmentation
 from deepvision.data.cache import enable_caches
 from deepvision.evaluation.evaluator import Evaluator
 from deepvision.models import student
@@ -29,6 +30,7 @@ from deepvision.models.registry import (
     create_model,
     load_network,
 )
+from deepvision.models.scene_net import SHAPES
 from deepvision.runtime import distributed
 from deepvision.runtime.console import protect_streams
 from deepvision.runtime.device import (
@@ -81,6 +83,8 @@ def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[],
     config = drop_unusable(resolve_defaults(config, kind), kind, device)
     model, context = prepare_model(model, device, config.amp, config.compile)
     datasets = load_datasets(config, ckpt, num_classes)
+    if config.trains and config.augmentation:
+        adapt_augmentation(datasets[0], **config.augmentation)
     epochs, strict = config.trains and config.epochs - config.start_epoch, "cache" in config.named
     cache = enable_caches(datasets, config.cache, config.workers, device, epochs, strict)
     config = replace(config, cache=cache)
@@ -163,8 +167,8 @@ def drop_unusable(config: RunConfig, kind: str, device: torch.device) -> RunConf
 def make_network(config: RunConfig, ckpt: dict, num_classes: int) -> tuple[torch.nn.Module, str]:
     """The network of the command line or of the checkpoint, and its kind."""
     if not ckpt:
-        kind = config.network or "torch_conv"
-        return create_model(kind, num_classes, pretrained=True), kind
+        kind, shape = config.network or "torch_conv", SHAPES[config.recipe or "gpu"]
+        return create_model(kind, num_classes, pretrained=True, shape=shape), kind
     path = config.resume or config.weights
     model, kind = load_network(ckpt, path, num_classes, config.network)
     print(f"Loaded {path}: {NETWORK_NAMES[kind]}, epochs done: {ckpt.get('epoch', '?')}.")

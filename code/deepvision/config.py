@@ -17,14 +17,21 @@ from typing import Any
 
 from deepvision.attacks import EPSILONS, LOSSES
 from deepvision.attacks.autoattack import VERSIONS
+from deepvision.data.augmentation import parse_resolution, sizes_by_epoch
 from deepvision.runtime.provenance import command_line
 from deepvision.training.objectives import STEPS
 from deepvision.training.signals import parse_interval
 from utils import UserError
 
+# The course's augmentation, and that of runs from before these settings
+AUGMENTATION = {"resolution": "128", "crop_area": 0.25, "rotation": 15.0}
 DEFAULTS = {"lr": 0.1, "wd": 1e-4, "label_smoothing": 0.0, "cutmix": 0.0, "ema": 0.0}
-SCENE_NET = {"lr": 0.2, "wd": 5e-4, "label_smoothing": 0.1, "cutmix": 0.5, "ema": 0.05}
-NETWORK_DEFAULTS = {"scene_net": SCENE_NET}  # by kind of network; all others use DEFAULTS
+DEFAULTS |= AUGMENTATION
+SCENE_NET = {"lr": 0.2, "wd": 5e-4, "label_smoothing": 0.1, "cutmix": 0.25, "ema": 0.05}
+SCENE_NET |= {"resolution": "112:0.6,128", "crop_area": 0.35, "rotation": 0.0, "warmup": 3}
+CPU = {"epochs": 28, "batch_size": 128, "warmup": 1.5, "cutmix": 0.0, "amp": "bf16"}
+CPU |= {"resolution": "96:0.6,112:0.85,128", "cache": "ram"}
+RECIPES = {"gpu": SCENE_NET, "cpu": SCENE_NET | CPU}  # of SceneNet; other networks use DEFAULTS
 
 NETWORK_FLAGS = {
     "use_custom_conv": "custom_conv",
@@ -73,6 +80,17 @@ def interval(text: str) -> str:
         parse_interval(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+    return text
+
+
+def size_schedule(text: str) -> str:
+    """An argparse type: sizes with the fraction of the run at which each ends."""
+    try:
+        parse_resolution(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no schedule: 96:0.6,128 means 96 pixels for 60 % of the run, then 128"
+        ) from None
     return text
 
 
@@ -127,7 +145,8 @@ def flag(
 
 def by_network(name: str) -> str:
     """The help of a default that depends on the network."""
-    return f"default {DEFAULTS[name]:g}, with --use-scene-net {SCENE_NET[name]:g}"
+    course, scene_net = (str(d[name]).removesuffix(".0") for d in (DEFAULTS, SCENE_NET))
+    return f"default {course}, with --use-scene-net {scene_net}"
 
 
 fraction, positive, count = at_least(float, 0, 1), at_least(float, 0), at_least(int, 1)
@@ -160,6 +179,7 @@ class RunConfig:
     use_vit: bool = flag(False, "SimpleViT, trained with AdamW")
     use_resnet18: bool = flag(False, "ResNet-18 with ImageNet weights")
     use_scene_net: bool = flag(False, "SceneNet, our own network, with its own defaults")
+    recipe: str | None = flag(None, "size and defaults of SceneNet; default gpu", tuple(RECIPES))
 
     epochs: int = flag(90, "number of epochs", count)
     batch_size: int = flag(256, "images per step, over all processes", count, also="-b")
@@ -180,6 +200,20 @@ class RunConfig:
     )
     ema: float | None = flag(
         None, f"fraction of the run that EMA spans; {by_network('ema')}", fraction
+    )
+    resolution: str | None = flag(
+        None,
+        f"pixels of a training image, by fraction of the run; {by_network('resolution')}",
+        size_schedule,
+        metavar="SIZE:END,...,SIZE",
+    )
+    crop_area: float | None = flag(
+        None,
+        f"least area of a random crop, as a fraction; {by_network('crop_area')}",
+        at_least(float, 0.01, 1),
+    )
+    rotation: float | None = flag(
+        None, f"largest rotation in degrees; {by_network('rotation')}", at_least(float, 0, 180)
     )
     seed: int = flag(
         2024, "seed of weights, order, augmentation, attacks", at_least(int, 0, 2**32 - 1)
@@ -253,6 +287,14 @@ class RunConfig:
     named: frozenset[str] = frozenset()
     script: str = "main.py"
     command: str = ""
+
+    @property
+    def augmentation(self) -> dict | None:
+        """Arguments of `data.augmentation.adapt_augmentation`; None for the course's settings."""
+        if all(getattr(self, name) == value for name, value in AUGMENTATION.items()):
+            return None
+        sizes = sizes_by_epoch(parse_resolution(self.resolution), self.epochs)
+        return {"sizes": sizes, "crop_area": self.crop_area, "rotation": self.rotation}
 
     @property
     def network(self) -> str | None:
@@ -391,6 +433,8 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield f"--attack-suite sets its attacks: leave {spelled([*sorted(single), 'sweep'][0])} out"
     if config.attack_images and not config.attack_suite:
         yield "--attack-images needs --attack-suite"
+    if config.recipe and not (config.use_scene_net or config.resume or config.weights):
+        yield "--recipe is SceneNet's: add --use-scene-net"
     if config.use_mps and config.gpu is not None:
         yield "--use-mps and --gpu exclude each other"
     if config.resume and config.start_epoch:
@@ -433,11 +477,23 @@ def spelled(name: str) -> str:
 
 
 def resolve_defaults(config: RunConfig, kind: str) -> RunConfig:
-    """`config` with the network's defaults for settings that are None. --at turns CutMix off."""
-    defaults = NETWORK_DEFAULTS.get(kind, DEFAULTS)
+    """`config` with the network's defaults for settings that the command line does not name.
+
+    A resumed run, of which the other settings are restored, gets those that are None. --at turns
+    CutMix off.
+
+    Raises:
+        UserError: --resolution does not suit the network.
+    """
+    defaults = RECIPES[config.recipe or "gpu"] if kind == "scene_net" else DEFAULTS
     if config.at:
         defaults = defaults | {"cutmix": 0.0}
-    return replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    known = SETTINGS.keys() if config.resume else config.named
+    unset = {k: v for k, v in defaults.items() if k not in known or getattr(config, k) is None}
+    config = replace(config, **unset)
+    if kind == "vit" and config.resolution != DEFAULTS["resolution"]:
+        raise UserError("SimpleViT takes images of 128 pixels: leave --resolution out")
+    return config
 
 
 def restore(config: RunConfig, saved: dict) -> tuple[RunConfig, dict[str, tuple]]:
@@ -448,7 +504,10 @@ def restore(config: RunConfig, saved: dict) -> tuple[RunConfig, dict[str, tuple]
     Raises:
         UserError: a saved value is invalid, or contradicts a named one.
     """
+    if config.recipe not in (None, recipe := saved.get("recipe") or "gpu"):
+        raise UserError(f"the run has --recipe={recipe}, which cannot change: leave it out")
     restored, changed = {}, {}
+    saved = AUGMENTATION | saved if saved else saved
     for name in (saved.keys() & SETTINGS.keys()) - NOT_RESTORED:
         value = valid_value(name, saved[name])
         if name not in config.named:

@@ -23,14 +23,14 @@ class AugmentParams:
     """Makes, in place of the course's transforms, the parameters of what they would do.
 
     shape: (H, W, 3) of the images.
-    A sample has the `shape` (10,): the index of the image, the affine warp (a, b, c, d, e, f) from
-    output to image, a gain per channel.
+    A sample has the `shape` (12,): the index of the image, the affine warp (a, b, c, d, e, f) from
+    output to image, a gain per channel, the output's width and height.
 
     Raises:
         UserError: other transforms than the course's, or ones that a bilinear warp cannot replace.
     """
 
-    shape = (10,)
+    shape = (12,)
 
     def __init__(self, transforms: Compose | None, shape: tuple[int, ...]) -> None:
         self.steps = getattr(transforms, "transforms", [])
@@ -44,22 +44,18 @@ class AugmentParams:
             raise UserError(
                 "--cache=device scales bilinearly and at most to half the size: use --cache=ram"
             )
-        self.draws, self.size, self.normalize = (
-            transforms.draws,
-            self.steps[-3].size,
-            self.steps[-1],
-        )
+        self.draws, self.crop, self.normalize = transforms.draws, self.steps[-3], self.steps[-1]
 
     def write(self, indices: Iterable[int], out: np.ndarray, u: np.ndarray) -> None:
-        """Write the parameters of n images to `out` (n, 10). u: uniform numbers (n, draws)."""
-        out[:, 0] = list(indices)
+        """Write the parameters of n images to `out` (n, 12). u: uniform numbers (n, draws)."""
+        out[:, 0], out[:, 10:] = list(indices), self.crop.size
         if self.draws:
-            out[:, 1:7], out[:, 7:] = sample_warps(u, self.source, self.scaled, *self.steps[1:-2])
+            out[:, 1:7], out[:, 7:10] = sample_warps(u, self.source, self.scaled, *self.steps[1:-2])
         else:
-            out[:, 1:7], out[:, 7:] = self._center_crop(), 1
+            out[:, 1:7], out[:, 7:10] = self._center_crop(), 1
 
     def _center_crop(self) -> Affine:
-        (width, height), (w, h) = self.scaled, self.size
+        (width, height), (w, h) = self.scaled, self.crop.size
         scale = (self.source[0] / width, 0, 0, 0, self.source[1] / height, 0)
         return compose(scale, (1, 0, (width - w) // 2, 0, 1, (height - h) // 2))
 
@@ -69,9 +65,6 @@ class DeviceImages:
 
     def __init__(self, images: Tensor, params: AugmentParams) -> None:
         self.images = images
-        width, height = params.size
-        self.x = torch.arange(width, device=images.device)[:, None] + 0.5  # (w, 1)
-        self.y = torch.arange(height, device=images.device)[:, None, None] + 0.5  # (h, 1, 1)
         self.source = torch.tensor(params.source, device=images.device)
         self.mean, self.std = (
             torch.tensor(v, device=images.device)[:, None, None]
@@ -83,12 +76,15 @@ class DeviceImages:
         return index
 
     def device_transform(self, params: Tensor) -> Tensor:
-        """(B, 10) -> normalised images (B, 3, h, w); rounds to grey levels where the CPU does."""
-        params = params.to(self.images.device, non_blocking=True)
-        warps, gains = params[:, 1:7].view(-1, 1, 1, 2, 3), params[:, 7:, None, None]
+        """(B, 12) -> normalised images (B, 3, h, w); rounds to grey levels where the CPU does."""
+        device, (width, height) = self.images.device, params[0, 10:].int().tolist()
+        params = params.to(device, non_blocking=True)
+        warps, gains = params[:, 1:7].view(-1, 1, 1, 2, 3), params[:, 7:10, None, None]
+        out_x = torch.arange(width, device=device)[:, None] + 0.5  # (w, 1)
+        out_y = torch.arange(height, device=device)[:, None, None] + 0.5  # (h, 1, 1)
         x = self.images[params[:, 0].long()].permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         # sums, not a matrix product: TF32 would lose a tenth of a pixel
-        seen_at = warps[..., 0] * self.x + warps[..., 1] * self.y + warps[..., 2]  # (B, h, w, 2)
+        seen_at = warps[..., 0] * out_x + warps[..., 1] * out_y + warps[..., 2]  # (B, h, w, 2)
         grid = 2 * seen_at / self.source - 1
         x = F.grid_sample(x, grid, padding_mode="border", align_corners=False).round_()
         x = x.mul_(gains).add_(0.5).clamp_(max=255).floor_()

@@ -109,6 +109,8 @@ class SeededDataset(Dataset):
 
     def _fetch(self, keys: list[Key]) -> Fetched:
         """Samples, or a whole batch if the data set can write to memory that it is given."""
+        if set_epoch := getattr(self.dataset, "set_epoch", None):
+            set_epoch(keys[0][0])
         if not (shape := getattr(self.dataset, "image_shape", None)):
             return [self.dataset[index] for index in map(self._seed, keys)]
         images, (epoch, _), indices = _empty_batch(len(keys), *shape), keys[0], [i for _, i in keys]

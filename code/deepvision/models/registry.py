@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deepvision import checkpoint
 from deepvision.models import student
-from deepvision.models.scene_net import SceneNet
+from deepvision.models.scene_net import SceneNet, Shape
 from utils import UserError
 
 
@@ -61,13 +61,19 @@ NETWORK_NAMES = {
 }
 
 
-def create_model(kind: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """Create a network; `pretrained` applies to resnet18 only."""
-    options = {"pretrained": True} if pretrained and kind == "resnet18" else {}
+def create_model(
+    kind: str, num_classes: int, pretrained: bool = False, shape: Shape | None = None
+) -> nn.Module:
+    """Create a network; `pretrained` applies to resnet18 only, `shape` to scene_net only."""
+    options = {}
+    if pretrained and kind == "resnet18":
+        options = {"pretrained": True}
+    elif shape and kind == "scene_net":
+        options = {"shape": shape}
     return MODEL_REGISTRY[kind](num_classes, **options)
 
 
-def infer_arch(state_dict: dict[str, Tensor], num_classes: int) -> str:
+def infer_arch(state_dict: dict[str, Tensor], num_classes: int, shape: Shape | None = None) -> str:
     """The kind of network whose weights these are, by keys and shapes.
 
     Where none fits, the one with the fewest mismatches, so that loading can report them.
@@ -75,7 +81,7 @@ def infer_arch(state_dict: dict[str, Tensor], num_classes: int) -> str:
     """
     mismatches = {}
     for kind in MODEL_REGISTRY:
-        model = create_model(kind, num_classes)
+        model = create_model(kind, num_classes, shape=shape)
         mismatches[kind] = len(checkpoint.state_dict_mismatch(model, state_dict))
         if not mismatches[kind]:  # do not build the others: a student may not have written them
             return kind
@@ -106,21 +112,26 @@ def load_network(
             that this code does not know.
     """
     num_classes = num_classes or count_outputs(ckpt["state_dict"])
-    kind = kind or ckpt.get("kind")
+    kind, shape = kind or ckpt.get("kind"), None
+    if ckpt.get("shape") is not None:
+        with checkpoint.validated("shape"):
+            shape = Shape.load(ckpt["shape"])
     if not isinstance(kind, str) or kind not in MODEL_REGISTRY:
-        kind = infer_arch(ckpt["state_dict"], num_classes)
-    model = create_model(kind, num_classes)
+        kind = infer_arch(ckpt["state_dict"], num_classes, shape)
+    model = create_model(kind, num_classes, shape=shape)
     if checkpoint.state_dict_mismatch(model, ckpt["state_dict"]):
-        raise UserError(f"{path} {explain_mismatch(ckpt['state_dict'], kind, num_classes)}")
+        raise UserError(f"{path} {explain_mismatch(ckpt['state_dict'], kind, num_classes, shape)}")
     checkpoint.load_weights(model, ckpt, path)
     return model, kind
 
 
-def explain_mismatch(state_dict: dict[str, Tensor], kind: str, num_classes: int) -> str:
+def explain_mismatch(
+    state_dict: dict[str, Tensor], kind: str, num_classes: int, shape: Shape | None
+) -> str:
     """What these weights are, if not those of this kind of network, and what to do."""
     outputs = count_outputs(state_dict)
-    found = infer_arch(state_dict, outputs)
-    if checkpoint.state_dict_mismatch(create_model(found, outputs), state_dict):
+    found = infer_arch(state_dict, outputs, shape)
+    if checkpoint.state_dict_mismatch(create_model(found, outputs, shape=shape), state_dict):
         return (
             "holds a network that this code does not know (its first weight is "
             f"{next(iter(state_dict))}): put the student_code.py that trained it into code/"

@@ -24,6 +24,7 @@ from deepvision.data.loader import (
     validation_batches,
 )
 from deepvision.models.registry import NETWORK_NAMES
+from deepvision.models.scene_net import SceneNet
 from deepvision.runtime import distributed, run_dir
 from deepvision.runtime.atomic import write_atomically
 from deepvision.runtime.console import Console, final_line
@@ -320,11 +321,16 @@ class Trainer:
     def _skipped(self) -> list[str]:
         return sorted(self.train_set.skipped + self.val_set.skipped)
 
+    def _shape(self) -> dict | None:
+        """The shape of a SceneNet, for files; None for other networks."""
+        return self.model.shape.save() if isinstance(self.model, SceneNet) else None
+
     def _ckpt(self) -> dict:
         return {
             **self.progress.state_dict(),
             "model_arch": ARCHITECTURES.get(self.kind, self.kind),
             "kind": self.kind,
+            "shape": self._shape(),
             "config": self.config.as_dict(),
             "state_dict": self.network.state_dict(),
             "trained": self.model.state_dict() if self.ema else None,
@@ -353,6 +359,7 @@ class Trainer:
         record = {
             "kind": self.kind,
             "network": NETWORK_NAMES[self.kind],
+            "shape": self._shape(),
             "data": {
                 "folder": Path(config.data_folder).resolve().name,
                 "classes": self.val_set.num_classes,
