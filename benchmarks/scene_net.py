@@ -36,7 +36,7 @@ from deepvision import checkpoint
 from deepvision.data.loader import validation_batches
 from deepvision.models import registry, student
 from deepvision.models.registry import create_model
-from deepvision.models.scene_net import Block, SceneNet, conv_bn
+from deepvision.models.scene_net import Block, SceneNet, Shape, conv_bn
 from deepvision.runtime.provenance import command_line, commit
 from deepvision.training import optim
 from student_code import SimpleNet
@@ -47,6 +47,9 @@ LOGS = WORK / "runs"
 OTHERS = ("SimpleNet", "SimpleNet with BatchNorm", "ResNet-18")
 SHARED = ["--gpu=-1", "-j=0", "--amp=bf16", "--cache=ram", "-b=32", "--lr=0.05", "--warmup=1"]
 SHARED += ["--print-freq=1000"]
+# The recipe of the recorded runs
+FIRST_RECIPE = ["--use-scene-net", "--cutmix=0.5"]
+FIRST_RECIPE += ["--resolution=128", "--crop-area=0.25", "--rotation=15"]
 
 
 # ---- Networks
@@ -79,7 +82,7 @@ def with_batch_norm(classes: int) -> nn.Module:
 
 def half(classes: int) -> SceneNet:
     """SceneNet of half the width."""
-    return SceneNet(classes, width=32)
+    return SceneNet(classes, Shape((32,), (32, 64, 128), features=512))
 
 
 def without(change: Callable[[nn.Module], None]) -> Callable[[int], SceneNet]:
@@ -215,11 +218,13 @@ def prepare(data: Path, images: int, held_out: int) -> tuple[Path, Path]:
 def execute(run: Run, train: Path, evaluation: Path) -> dict:
     """Train by main.py in this process, evaluate the last weights; return the run's row."""
     variant = {**COMPARED, **ABLATIONS}[run.name]
-    flags = [f"--epochs={run.epochs}", f"--seed={run.seed}", *SHARED, *variant.flags]
-    flags += ["--use-scene-net"] if variant.kind == "scene_net" else []
+    flags = [f"--epochs={run.epochs}", f"--seed={run.seed}", *SHARED]
+    flags += [*(FIRST_RECIPE if variant.kind == "scene_net" else ()), *variant.flags]
     before, start = set(LOGS.glob("*")), time.process_time()
     with (
-        mock.patch.dict(registry.MODEL_REGISTRY, {variant.kind: variant.create}),
+        mock.patch.dict(
+            registry.MODEL_REGISTRY, {variant.kind: lambda n, shape=None: variant.create(n)}
+        ),
         mock.patch.object(optim, "weight_decay_groups", variant.groups),
     ):
         if driver.main([str(train), *flags], logs=LOGS) != 0:

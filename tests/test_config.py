@@ -71,9 +71,37 @@ def test_devices(words, device):
 
 def test_defaults_depend_on_the_network_and_named_values_override_them():
     config = resolve_defaults(parse(["data", "--use-scene-net", "--wd=0"]), "scene_net")
-    assert (config.lr, config.wd, config.cutmix) == (0.2, 0.0, 0.5)
+    assert (config.lr, config.wd, config.cutmix) == (0.2, 0.0, 0.25)
     assert resolve_defaults(parse(["data"]), "torch_conv").lr == 0.1
     assert resolve_defaults(parse(["data", "--at=pgd"]), "scene_net").cutmix == 0.0
+
+
+def test_a_recipe_sets_what_the_command_line_does_not_name():
+    config = parse(["data", "--use-scene-net", "--recipe=cpu", "-b=64", "--amp=off"])
+    config = resolve_defaults(config, "scene_net")
+    assert config.augmentation["sizes"] == [96] * 17 + [112] * 7 + [128] * 4
+    assert (config.batch_size, config.amp, config.cache, config.wd) == (64, "off", "ram", 5e-4)
+    assert resolve_defaults(parse(["data"]), "torch_conv").augmentation is None
+
+
+def test_a_resumed_run_keeps_its_augmentation_and_its_recipe():
+    config = parse(["data", "--use-scene-net", "--recipe=cpu", "--epochs=9"])
+    saved = resolve_defaults(config, "scene_net").as_dict()
+    resumed = restore(parse(["data", "--use-scene-net", "--resume=x", "--recipe=cpu"]), saved)[0]
+    assert resolve_defaults(resumed, "scene_net").as_dict() == saved | {"resume": "x"}
+    with pytest.raises(UserError, match="the run has --recipe=cpu"):
+        restore(parse(["data", "--resume=x", "--recipe=gpu"]), saved)
+
+
+def test_runs_from_before_the_augmentation_settings_keep_the_courses():
+    old = {"lr": 0.2, "wd": 5e-4, "label_smoothing": 0.1, "cutmix": 0.5, "ema": 0.05, "warmup": 5}
+    config = resolve_defaults(restore(parse(["data", "--resume=x"]), old)[0], "scene_net")
+    assert config.augmentation is None and (config.cutmix, config.warmup) == (0.5, 5)
+
+
+def test_simplevit_keeps_its_size():
+    with pytest.raises(UserError, match="leave --resolution out"):
+        resolve_defaults(parse(["data", "--use-vit", "--resolution=96:0.5,128"]), "vit")
 
 
 def test_unnamed_settings_are_restored_and_named_ones_are_reported():
@@ -111,6 +139,7 @@ def test_a_named_setting_that_contradicts_a_restored_one_is_refused():
         {"compile": "yes"},
         {"save_every": "1h"},
         {"at": "fast"},
+        {"resolution": "96,128"},
     ],
     ids=str,
 )

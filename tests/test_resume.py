@@ -18,13 +18,13 @@ import fork_server
 import pytest
 import torch
 from benchmarks.run_state import final_state, points
+from small_network import narrow_scene_net
 from torch import nn
 
 import main
 import student_code
 from deepvision import checkpoint
 from deepvision.models import registry
-from deepvision.models.scene_net import SceneNet
 from deepvision.runtime import atomic, event_file, run_logger
 from deepvision.training import trainer
 
@@ -37,7 +37,7 @@ BUILDERS = {
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(2048, n)
     ),
     "vit": lambda n: student_code.SimpleViT(num_classes=n, embed_dim=32, depth=2, num_heads=2),
-    "scene_net": lambda n: SceneNet(n, width=8, depths=(1, 1, 1), drop_path=0.3),
+    "scene_net": lambda n, shape=None: narrow_scene_net(n, drop_path=0.3),
 }
 OWNERS = {
     "checkpoint": checkpoint,
@@ -52,7 +52,7 @@ VARIANTS = {
     "2 workers": ["-j=2", "--cache=device"],
     "adversarial": ["-j=1", "--at=free", "--best-by=robust", "--cache=ram"],
     "vit": ["-j=0", "--use-vit"],
-    "mean of weights": ["-j=0", "--use-scene-net", "--ema=0.5"],
+    "mean of weights": ["-j=0", "--use-scene-net", "--ema=0.5", "--resolution=64:0.5,96"],
 }
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from deepvision.models import registry
+from deepvision.models.scene_net import SHAPES
 from utils import UserError
 
 KINDS = ("torch_conv", "vit", "resnet18", "scene_net")
@@ -17,6 +18,19 @@ def test_a_network_is_recognised_by_its_weights(kind):
     model, found = registry.load_network({"state_dict": weights}, "file")
     assert found == kind
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["scene_net", None])
+def test_a_file_builds_the_shape_that_it_records(kind):
+    shape = SHAPES["cpu"]
+    weights = registry.create_model("scene_net", 7, shape=shape).state_dict()
+    ckpt = {"state_dict": weights, "kind": kind, "shape": shape.save()}
+    model, found = registry.load_network(ckpt, "file")
+    assert found == "scene_net" and model.shape == shape
+    with pytest.raises(UserError, match="SceneNet for 7 classes and the data folder has 9"):
+        registry.load_network(ckpt, "file", num_classes=9)
+    with pytest.raises(UserError, match="the checkpoint's shape is invalid"):
+        registry.load_network(ckpt | {"shape": {"widths": [10**9]}}, "file")
 
 
 def test_the_kind_of_the_file_tells_networks_with_equal_weights_apart():

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_network import narrow_scene_net
 from torch import nn
 
 import main
 from deepvision import checkpoint
-from deepvision.config import SCENE_NET, parse, resolve_defaults
+from deepvision.config import RECIPES, SCENE_NET, parse, resolve_defaults
 from deepvision.models import registry
-from deepvision.models.scene_net import Block, SceneNet
+from deepvision.models.scene_net import SHAPES, Block, SceneNet, Shape
 from deepvision.reporting import records
 from deepvision.runtime.device import DeviceContext, prepare_model
 from deepvision.runtime.jsonl import read_metrics
@@ -25,6 +27,7 @@ from deepvision.training import engine, optim
 from deepvision.training.objectives import CutMix, Standard
 
 CODE = Path(main.__file__).parent
+CPU_RECIPE = RECIPES["cpu"]
 CPU = DeviceContext(torch.device("cpu"))
 
 
@@ -47,8 +50,9 @@ def random_norms(net: nn.Module) -> nn.Module:
 # ---- The network
 
 
-def test_it_has_fewer_than_12_million_parameters_and_uses_each():
-    net = random_norms(SceneNet())
+@pytest.mark.parametrize("shape", [Shape(), *SHAPES.values()], ids=["first", *SHAPES])
+def test_it_has_fewer_than_12_million_parameters_and_uses_each(shape):
+    net = random_norms(SceneNet(100, shape))
     assert sum(p.numel() for p in net.parameters()) <= 12e6
     logits = net(torch.randn(2, 3, 128, 128))
     assert logits.shape == (2, 100)
@@ -57,7 +61,7 @@ def test_it_has_fewer_than_12_million_parameters_and_uses_each():
 
 
 def scene_net_by_hand(p: dict[str, torch.Tensor], x: torch.Tensor, layers: str):
-    """layers: c and k convolutions of 3 x 3 / 2 and 1 x 1, r ReLU, p pooling, b a block."""
+    """layers: c, s, k convolutions (3 x 3 / 2, 3 x 3, 1 x 1), r ReLU, p, q pooling, b a block."""
 
     def conv(x, name, norm, stride=1):
         w = p[f"{name}.weight"]
@@ -74,29 +78,64 @@ def scene_net_by_hand(p: dict[str, torch.Tensor], x: torch.Tensor, layers: str):
         z = y.mean((2, 3))
         for layer, act in (("squeeze", torch.relu), ("excite", torch.sigmoid)):
             layer = f"{name}.excitation.{layer}"
-            z = act(z @ p[f"{layer}.weight"].T + p[f"{layer}.bias"])
+            if f"{layer}.weight" in p:
+                z = act(z @ p[f"{layer}.weight"].T + p[f"{layer}.bias"])
+            else:
+                z = torch.ones_like(z)
         if x.shape[1] != y.shape[1]:
             x = conv(x, f"{name}.shortcut.0", f"{name}.shortcut.1")
         return (x + y * z[:, :, None, None]).relu()
 
     for i, layer in enumerate(layers):
-        if layer in "ck":
+        if layer in "csk":
             stride = 2 if layer == "c" else 1
             x = conv(x, f"features.{i}", f"features.{i + 1}", stride)
         elif layer != "n":  # n: the normalisation, done with its convolution
-            x = {"r": torch.relu, "p": lambda x: F.max_pool2d(x, 3, 2, 1)}.get(
-                layer, lambda x, i=i: block(x, f"features.{i}")
-            )(x)
+            x = {
+                "r": torch.relu,
+                "p": lambda x: F.max_pool2d(x, 3, 2, 1),
+                "q": lambda x: F.avg_pool2d(F.max_pool2d(x, 3, 1, 1), 2),
+            }.get(layer, lambda x, i=i: block(x, f"features.{i}"))(x)
     return x.mean((2, 3)) @ p["fc.weight"].T + p["fc.bias"]
 
 
 @pytest.mark.parametrize("size", [(128, 128), (100, 70)])
-def test_it_computes_its_layers(size):
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [({}, "cnrpbpbbpbknr"), ({"se": 0, "blur": True, "stem": (4, 6)}, "cnrsnrqbqbbqbknr")],
+    ids=["first", "blurred, no excitation, deep stem"],
+)
+def test_it_computes_its_layers(size, options, layers):
     torch.manual_seed(0)
-    net = random_norms(SceneNet(7, width=8, depths=(1, 2, 1))).double().eval()
+    shape = replace(Shape((8,), (8, 16, 32), (1, 2, 1), 128), **options)
+    net = random_norms(SceneNet(7, shape)).double().eval()
     x = torch.randn(2, 3, *size, dtype=torch.float64)
-    expected = scene_net_by_hand(net.state_dict(), x, "cnrpbpbbpbknr")
+    expected = scene_net_by_hand(net.state_dict(), x, layers)
     torch.testing.assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("shape", [Shape(), *SHAPES.values()])
+def test_a_shape_survives_a_file(shape):
+    assert Shape.load(json.loads(json.dumps(shape.save()))) == shape
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"widths": [64, 128]},
+        {"widths": [64, 128, 10**6]},
+        {"depths": [1, 3, 400]},
+        {"depths": "abc"},
+        {"se": 100},
+        {"drop_path": 1.5},
+        {"unknown": 1},
+        {"features": "many"},
+    ],
+    ids=str,
+)
+def test_a_senseless_shape_is_refused(wrong):
+    with pytest.raises((ValueError, TypeError)):
+        Shape.load(Shape().save() | wrong)
 
 
 def blocks_of(net: SceneNet) -> list[Block]:
@@ -105,14 +144,14 @@ def blocks_of(net: SceneNet) -> list[Block]:
 
 def test_a_new_block_passes_its_shortcut_on():
     x = torch.rand(2, 8, 6, 6)
-    for block in blocks_of(SceneNet(7, width=8).eval()):
+    for block in blocks_of(narrow_scene_net(7).eval()):
         expected, x = block.shortcut(x).relu(), block(x)
         assert x.any() and torch.equal(x, expected)
 
 
 def test_later_blocks_are_skipped_more_often_and_none_in_evaluation():
     torch.manual_seed(0)
-    net = random_norms(SceneNet(7, width=8, depths=(1, 2, 1), drop_path=0.4))
+    net = random_norms(narrow_scene_net(7, depths=(1, 2, 1), drop_path=0.4))
     rates = [block.drop_path.drop_prob for block in blocks_of(net)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
     last = blocks_of(net)[-1]
@@ -149,7 +188,7 @@ def test_mirror_images_are_averaged_in_evaluation_alone():
     assert model.seen == 8
     engine.evaluate(model, batches, CPU, plain, StepTimer(), flip_tta)
     assert model.seen == 16
-    net, x = random_norms(SceneNet(7, width=8)).eval(), batches[0][0]
+    net, x = random_norms(narrow_scene_net(7)).eval(), batches[0][0]
     assert not torch.allclose(net(x), net(x.flip(3)))
 
 
@@ -162,6 +201,8 @@ def test_the_flag_brings_its_recipe_and_given_flags_win():
     args = parsed("--use-scene-net", "--lr=0.1", "--wd=0", "--ema=0", "--cutmix=1")
     assert (args.lr, args.wd, args.ema, args.cutmix) == (0.1, 0.0, 0.0, 1.0)
     assert args.label_smoothing == SCENE_NET["label_smoothing"]
+    args = parsed("--use-scene-net", "--recipe=cpu", "--epochs=9")
+    assert {name: getattr(args, name) for name in CPU_RECIPE} == CPU_RECIPE | {"epochs": 9}
     for words in ([], ["--use-vit"], ["--use-resnet18"]):
         args = parsed(*words)
         assert (args.lr, args.wd) == (0.1, 1e-4)  # the contract's
@@ -176,7 +217,7 @@ def test_attacked_batches_are_not_mixed(capsys):
 
 
 def test_kernels_and_matrices_alone_decay():
-    net = SceneNet(7, width=8, depths=(1, 1))
+    net = narrow_scene_net(7, depths=(1, 1))
     optimizer = optim.make_optimizer(net, "scene_net", lr=1, wd=0.5, momentum=0.9)
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     for p in net.parameters():
@@ -223,8 +264,7 @@ def test_the_given_share_of_batches_is_mixed_and_a_seed_repeats_it():
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
     torch.manual_seed(0)
-    narrow = {"width": 8, "depths": (1, 1)}
-    model, _ = prepare_model(SceneNet(7, drop_path=0, **narrow), CPU.device, amp)
+    model, _ = prepare_model(narrow_scene_net(7, depths=(1, 1), drop_path=0), CPU.device, amp)
     average = optim.make_ema(model, 0.5, total_steps=8, done=0)
     expected, decay = {}, 1 - 1 / (0.5 * 8)
     for _ in range(4):
@@ -238,7 +278,7 @@ def test_the_mean_of_weights_is_the_formula_and_answers_for_itself(amp):
             expected[name] = (mean if value.is_floating_point() else value).clone()
     for name, value in average.module.state_dict().items():
         torch.testing.assert_close(value, expected[name])
-    other, context = prepare_model(SceneNet(7, **narrow), CPU.device, amp)
+    other, context = prepare_model(narrow_scene_net(7, depths=(1, 1)), CPU.device, amp)
     other.load_state_dict(expected)
     x, _ = context.to_device(torch.randn(2, 3, 64, 64), torch.zeros(2))
     logits = average.module.eval()(x)
@@ -271,7 +311,7 @@ def drawn(tmp_path_factory) -> Path:
 def call(tmp_path_factory):
     """main.py in this process, with a narrow SceneNet: words -> exit code."""
     logs = tmp_path_factory.mktemp("scene_net") / "logs"
-    narrow = {"scene_net": lambda n: SceneNet(n, width=16, depths=(1, 1, 1))}
+    narrow = {"scene_net": lambda n, shape=None: narrow_scene_net(n, width=16)}
 
     def run(*words: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
@@ -320,7 +360,7 @@ def test_a_resume_keeps_network_and_settings(trained, call, drawn):
     assert call(drawn, *words) == 0
     config = json.loads((trained / "config.json").read_text())
     assert config["kind"] == "scene_net"
-    expected = SCENE_NET | {"lr": 0.05, "batch_size": 32, "epochs": 9}
+    expected = SCENE_NET | {"lr": 0.05, "warmup": 1.0, "batch_size": 32, "epochs": 9}
     assert {k: config["arguments"][k] for k in expected} == expected
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import fork_server
 import pytest
 import torch
+from small_network import narrow_scene_net
 from torch import nn
 
 import main
@@ -23,7 +24,6 @@ from custom_dataloader import MiniPlacesLoader
 from deepvision import checkpoint
 from deepvision.data.loader import ResumableBatchSampler, training_batches, validation_batches
 from deepvision.models import registry
-from deepvision.models.scene_net import SceneNet
 from deepvision.runtime import distributed
 from deepvision.training.engine import step_seed
 from utils import UserError
@@ -48,7 +48,7 @@ BUILDERS = {
         nn.Conv2d(3, 8, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, n)
     ),
     "vit": lambda n: Spare(n),
-    "scene_net": lambda n: forgetful(SceneNet(n, width=8, depths=(1, 1, 1))),
+    "scene_net": lambda n, shape=None: forgetful(narrow_scene_net(n)),
 }
 TRAIN = ["--epochs=2", "-b=16", "--lr=0.02", "--warmup=1", "-p=1"]
 
