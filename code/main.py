@@ -83,6 +83,7 @@ def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[],
     config = drop_unusable(resolve_defaults(config, kind), kind, device)
     model, context = prepare_model(model, device, config.amp, config.compile)
     datasets = load_datasets(config, ckpt, num_classes)
+    check_categories(ckpt, datasets[-1], config.weights or config.resume)
     if config.trains and config.augmentation:
         adapt_augmentation(datasets[0], **config.augmentation)
     epochs, strict = config.trains and config.epochs - config.start_epoch, "cache" in config.named
@@ -102,7 +103,11 @@ def find_checkpoint(config: RunConfig, logs: Path) -> tuple[RunConfig, dict]:
     if config.resume:
         name = checkpoint.LAST if config.trains else checkpoint.BEST
         config = replace(config, resume=str(checkpoint.locate(config.resume, name)))
+    if config.weights:
+        config = replace(config, weights=str(checkpoint.locate_weights(config.weights)))
     path = config.resume or config.weights
+    if not config.trains:
+        config = replace(config, resume=path)
     return config, checkpoint.load(path) if path else {}
 
 
@@ -197,6 +202,15 @@ def load_datasets(config: RunConfig, ckpt: dict, num_classes: int) -> list[MiniP
     if names:
         print(f"{len(names)} images are skipped.")
     return datasets
+
+
+def check_categories(ckpt: dict, dataset: MiniPlacesLoader, path: str) -> None:
+    """Raise UserError if the file records other categories than the data folder has."""
+    theirs, own = ckpt.get("categories"), list(dataset.get_index_mapping().values())
+    if theirs is not None and theirs != own:
+        raise UserError(
+            f"{path} was trained on other categories than those of {dataset.root_folder}"
+        )
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from deepvision.runtime.atomic import write_atomically
-from utils import UserError
+from deepvision.runtime.provenance import ROOT
+from utils import UserError, relpath
 
 SMALLEST_PICKLE = 16  # bytes; anything shorter was cut off
+WEIGHTS = ROOT / "results" / "weights"  # networks for anyone to load
 LAST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 PREVIOUS = "checkpoint_previous.pth.tar"
 
@@ -65,6 +67,12 @@ def locate(path: str, name: str = LAST) -> Path:
     """The checkpoint that `path` means: a file, or a run folder's file `name`; ~ is expanded."""
     found = Path(path).expanduser()
     return found / "models" / name if found.is_dir() else found
+
+
+def locate_weights(name: str) -> Path | str:
+    """The file of results/weights that has this name, else `name` itself, with ~ expanded."""
+    known = WEIGHTS / f"{name}.pth.tar"
+    return relpath(known) if name.isidentifier() and known.is_file() else Path(name).expanduser()
 
 
 def latest_valid(folder: Path, names: Iterable[str] = (LAST, PREVIOUS)) -> Path | None:

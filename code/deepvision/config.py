@@ -155,7 +155,7 @@ fraction, positive, count = at_least(float, 0, 1), at_least(float, 0), at_least(
 GROUPS = {
     "use_custom_conv": "network (default: SimpleNet)",
     "epochs": "training",
-    "evaluate": "evaluate or attack a trained network, with --resume",
+    "evaluate": "evaluate or attack a trained network, with --resume or --weights",
     "resume": "resume and save",
     "gpu": "machine and speed",
     "check_data": "data",
@@ -223,9 +223,16 @@ class RunConfig:
     evaluate: bool = flag(False, "accuracy, plain and averaged with the mirror images", also="-e")
     attack: bool = flag(False, "accuracy under the assignment's attack", also="-a")
     vis: bool = flag(False, "images to TensorBoard, with -e or -a", also="-v")
+    views: bool = flag(False, "with -e: larger views of each image as well, and their mean")
 
     resume: str = flag("", "checkpoint or run folder; auto = the newest run", str, metavar="PATH")
-    weights: str = flag("", "checkpoint that a new run starts from", str, metavar="FILE")
+    weights: str = flag(
+        "",
+        "checkpoint that a new run starts from, or that -e and -a look at; simplenet, simplevit, "
+        "scene_net: those of results/weights",
+        str,
+        metavar="FILE",
+    )
     save_every: str = flag("10m", "time or steps between checkpoints: 10m, 30s, 200", interval)
     print_freq: int = flag(10, "batches between two printed lines", count, also="-p")
     best_by: str = flag(
@@ -346,7 +353,7 @@ SETTINGS = {
 # What a resumed run takes from its own command line only: its action, its network (which the
 # checkpoint knows), its files and its machine
 NOT_RESTORED = {"data_folder", *NETWORK_FLAGS, "start_epoch", "resume", "pgd", "check_data"}
-NOT_RESTORED |= {"evaluate", "attack", "vis", "sweep", "gpu", "use_mps", "workers"}
+NOT_RESTORED |= {"evaluate", "attack", "vis", "views", "sweep", "gpu", "use_mps", "workers"}
 NOT_RESTORED |= {name for name in SETTINGS if name.startswith("attack_")}
 
 
@@ -417,8 +424,12 @@ def contradictions(config: RunConfig) -> Iterator[str]:
         yield "-e and -a exclude each other: run one after the other"
     if config.check_data and actions:
         yield f"--check-data does nothing else: leave {actions[0]} out"
-    if actions and not config.resume:
-        yield f"{actions[0]} needs --resume=FILE, the checkpoint to look at"
+    if actions and bool(config.resume) == bool(config.weights):
+        yield f"{actions[0]} needs --resume=FILE or --weights=FILE, the checkpoint to look at"
+    if config.views and not config.evaluate:
+        yield "--views needs -e"
+    if config.views and config.cache == "device":
+        yield "--views needs other images than --cache=device keeps: use --cache=ram"
     if config.vis and not actions:
         yield "-v shows what -e or -a looked at: add one of them"
     attack_flags = [f for f in sorted(config.named) if f.startswith("attack_")]
@@ -442,7 +453,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     if config.start_epoch >= config.epochs:
         yield f"--start-epoch {config.start_epoch} leaves nothing of --epochs {config.epochs} to do"
     if actions:
-        for flag in ("pgd", "at", "weights"):
+        for flag in ("pgd", "at"):
             if getattr(config, flag):
                 yield f"{spelled(flag)} trains and {actions[0]} does not: leave one of them out"
     if not config.resume:  # a resumed run restores settings first

@@ -18,11 +18,12 @@ from deepvision.data.loader import fixed_subset_batch, validation_batches
 from deepvision.evaluation import pictures, sweep
 from deepvision.evaluation.robust_eval import evaluate_robustness
 from deepvision.evaluation.saliency import grad_cam, saliency
+from deepvision.evaluation.views import evaluate_views
 from deepvision.models import student
 from deepvision.runtime import distributed
 from deepvision.runtime.atomic import write_atomically
 from deepvision.runtime.console import Console, final_line
-from deepvision.runtime.device import DeviceContext
+from deepvision.runtime.device import DeviceContext, device_name
 from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer
 from deepvision.runtime.run_dir import append_evaluation, new_run_dir, run_dir_of
 from deepvision.runtime.run_logger import make_logger
@@ -93,10 +94,19 @@ class Evaluator:
                 self.model, self.batches, self.context, plain, self.timer, flip_tta, after_batch
             )
         self._conclude(
-            {},
+            self._views() if self.config.views else {},
             plain=("Single images:", plain.compute()[1]),
             mirrored=("Averaged with the mirror images:", flip_tta.compute()[1]),
         )
+
+    def _views(self) -> dict:
+        """Accuracy on larger views of the images, and of their mean."""
+        print("Averaged with the mirror images, by view:")
+        rows, workers = {}, self.config.workers
+        for name, metrics in evaluate_views(self.model, self.val_set, self.context, workers):
+            print(f"  {name:<20} Acc@1 {metrics.acc1:.3f} Acc@5 {metrics.acc5:.3f}", flush=True)
+            rows[name] = [metrics.acc1, metrics.acc5]
+        return {"views": rows}
 
     def _show_saliency(self, x: Tensor, y: Tensor, step: int) -> None:
         self.logger.add_image("Image/Image", student.image_grid(x), step)
@@ -186,7 +196,7 @@ class Evaluator:
             self._show_attack(x, first.perturb(self.model, x, y), y, 0)
         print(result.format_table(), result.summary(), sep="\n")
         print(f"******Acc@1 {result.progress.accuracy:.3f}")
-        row = {"checkpoint": os.path.basename(config.resume), "suite": result.summary()}
+        row = self._row() | {"suite": result.summary()}
         row |= {"suite_top1": result.progress.accuracy, "suite_images": len(y)}
         append_evaluation(self.logger.run_dir, row)
 
@@ -215,9 +225,20 @@ class Evaluator:
 
     # ---- both
 
+    def _row(self) -> dict:
+        """What an evaluation was of, for its record."""
+        config = self.config
+        return {
+            "checkpoint": os.path.basename(config.resume),
+            "command": config.command,
+            "data": Path(config.data_folder).resolve().name,
+            "images": len(self.val_set),
+            "device": device_name(self.context.device),
+        }
+
     def _conclude(self, more: dict, **results: tuple[str, Metrics]) -> None:
         """Print each result, the one that counts last, and append them to the run's records."""
-        row = {"checkpoint": os.path.basename(self.config.resume)}
+        row = self._row()
         for name, (title, metrics) in results.items():
             print(title, final_line(metrics), sep="\n")
             row |= {f"{name}_top1": metrics.acc1, f"{name}_top5": metrics.acc5}
