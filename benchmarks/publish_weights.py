@@ -40,13 +40,14 @@ def publish(name: str, run: Path, categories: list[str]) -> str:
     path.parent.mkdir(exist_ok=True)
     checkpoint.save(path, {**kept, "kind": kind, "state_dict": state, "categories": categories})
     record, content = read_record(name), path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     accuracy = " | ".join(
         f"{record[f'{view}_top1']:.2f} / {record[f'{view}_top5']:.2f}"
         for view in ("plain", "mirrored")
     )
     return (
         f"| `{name}` | {NETWORK_NAMES[kind]} | {count_parameters(model) / 1e6:.1f} M | "
-        f"{accuracy} | {kept['epoch']} | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |"
+        f"{accuracy} | {ckpt['epoch']} | {len(content):,} | `{digest}` |"
     )
 
 

@@ -257,8 +257,8 @@ def test_each_kind_trains_and_is_recognised(tree, sample_root, flags, kind, netw
 
 
 BAD = [
-    (["-e"], 2, r"-e needs --resume=FILE"),
-    (["-a"], 2, r"-a needs --resume=FILE"),
+    (["-e"], 2, r"-e looks at a checkpoint"),
+    (["-a"], 2, r"-a looks at a checkpoint"),
     (["-e", "-a", "--resume=x"], 2, r"-e and -a exclude each other"),
     (["-v"], 2, r"-v shows what -e or -a"),
     (["--use-vit", "--use-resnet18"], 2, r"--use-vit and --use-resnet18 exclude each other"),
@@ -284,7 +284,12 @@ BAD = [
     (["--at=trades", "--pgd-blend=0.5"], 2, r"--pgd-blend is not part of --at=trades"),
     (["--at=free", "--pgd"], 2, r"leave it or --at=free out"),
     (["--best-by=robust"], 2, r"--best-by needs --pgd or --at"),
-    (["--weights=x", "-e", "--resume=x"], 2, r"--weights trains and -e does not"),
+    (["--weights=x", "-e", "--resume=x"], 2, r"by either --resume or --weights"),
+    (["--views", "--resume=x"], 2, r"--views needs -e"),
+    (["--views", "-e", "--resume=x", "--cache=device"], 2, r"use --cache=ram"),
+    (["--recipe=cpu"], 2, r"add --use-scene-net"),
+    (["--resolution=96,128"], 2, r"'96,128' is no schedule"),
+    (["--use-vit", "--resolution=96"], 1, r"leave --resolution out"),
     (["--weights=nowhere"], 1, r"no checkpoint at nowhere"),
     (["--start-epoch=1"], 2, r"--start-epoch 1 leaves nothing of --epochs 1"),
     (["--start-epoch=1", "--resume=x"], 2, r"--resume knows how many epochs"),

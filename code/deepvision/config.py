@@ -425,7 +425,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     if config.check_data and actions:
         yield f"--check-data does nothing else: leave {actions[0]} out"
     if actions and bool(config.resume) == bool(config.weights):
-        yield f"{actions[0]} needs --resume=FILE or --weights=FILE, the checkpoint to look at"
+        yield f"{actions[0]} looks at a checkpoint: name it by either --resume or --weights"
     if config.views and not config.evaluate:
         yield "--views needs -e"
     if config.views and config.cache == "device":

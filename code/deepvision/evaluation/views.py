@@ -43,18 +43,26 @@ def evaluate_views(
         UserError: the network takes one size only.
     """
     model.eval()
+    check_sizes(model, context)
     total, views = None, {COURSE: val_set.transforms}
     views |= {f"whole image at {size}": whole_image(size) for size in SIZES}
     for name, transforms in views.items():
         dataset = copy.copy(val_set)
         dataset.transforms = transforms
-        try:
-            logits, labels = mirrored_logits(model, dataset, context, workers, name)
-        except ValueError as e:  # of a position embedding
-            raise UserError(f"--views: the network takes one size only: {e}") from None
+        logits, labels = mirrored_logits(model, dataset, context, workers, name)
         total = logits if total is None else total + logits
         yield name, accuracy(logits, labels)
     yield f"mean of all {len(views)}", accuracy(total, labels)
+
+
+@torch.inference_mode()
+def check_sizes(model: nn.Module, context: DeviceContext) -> None:
+    """Raise UserError if the network takes one size only, as with position embeddings."""
+    x, _ = context.to_device(torch.zeros(1, 3, SIZES[0], SIZES[0]), torch.zeros(1))
+    try:
+        model(x)
+    except (ValueError, RuntimeError) as e:
+        raise UserError(f"--views: the network takes one size only ({e})") from None
 
 
 def whole_image(size: int) -> Compose:
