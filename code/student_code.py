@@ -78,7 +78,7 @@ def _at_once(N: int, columns: int, device: torch.device) -> int:
 
     A CPU is fast while the X of each thread fits in its cache; a GPU is fast with large kernels.
     """
-    budget = 2**28 if device.type == "cuda" else 2**21 * torch.get_num_threads()
+    budget = 2**28 if device.type == "cuda" else 2**22 * torch.get_num_threads()
     return max(1, min(N, budget // max(1, columns)))
 
 
@@ -131,11 +131,13 @@ def _convolve(x: Tensor, w: Tensor, b: Tensor | None, stride: int, padding: int,
     C_o, C_i, K, _ = w.shape
     W = w.permute(2, 3, 1, 0).contiguous().view(K * K * C_i, C_o)
     for X, Y in _im2col(x, y, K, stride, padding):
-        W_n = W.expand(len(X), -1, -1)  # the same for each image
-        if b is None:
-            torch.bmm(X, W_n, out=Y)  # out=: not affected by autocast
+        # out= is not affected by autocast; a contiguous one keeps oneDNN's kernels fast
+        if Y.is_contiguous():
+            torch.mm(X.flatten(0, 1), W, out=Y.flatten(0, 1))
         else:
-            torch.baddbmm(b, X, W_n, out=Y)
+            torch.bmm(W.t().expand(len(X), -1, -1), X.transpose(1, 2), out=Y.transpose(1, 2))
+        if b is not None:
+            Y += b
     return y
 
 
