@@ -74,10 +74,12 @@ def require_torch() -> None:
 
 def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[], int]:
     """Make everything that the command needs; return its last step, which returns the exit code."""
-    configure_backend(device, config.deterministic, config.trains)
     num_classes = count_classes(config.data_folder)
     config, ckpt = find_checkpoint(config, logs)
     config, changed = restore_settings(config, ckpt, logs)
+    resumes = config.resume and config.trains
+    matmul = ckpt.get("float32_matmul", "highest") if resumes else None
+    configure_backend(device, config.deterministic, config.trains, matmul)
     torch.manual_seed(config.seed)
     model, kind = make_network(config, ckpt, num_classes)
     config = drop_unusable(resolve_defaults(config, kind), kind, device)

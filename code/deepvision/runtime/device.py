@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepvision.runtime import distributed, memory
+from deepvision.runtime.matmul import configure_matmul
 from utils import UserError
 
 try:
@@ -111,20 +112,25 @@ def supports(archs: list[str], capability: tuple[int, int]) -> bool:
 
 
 def configure_backend(
-    device: torch.device, deterministic: bool = False, training: bool = False
+    device: torch.device,
+    deterministic: bool = False,
+    training: bool = False,
+    matmul: str | None = None,
 ) -> None:
     """Set the process-wide state of PyTorch and the C library for training on `device`.
 
     CUDA: the current device (NCCL takes it), TF32 in matrix products (convolutions have it by
-    default). CPU: freed memory is retained. deterministic: the same bits from every run on the
-    same GPU; some operations are slower. training: cuDNN times its algorithms for each shape of a
-    batch and takes the fastest, which may differ between runs.
+    default). CPU: freed memory is retained; oneDNN's matrix products where they are right.
+    deterministic: the same bits from every run on the same GPU; some operations are slower.
+    training: cuDNN times its algorithms for each shape of a batch and takes the fastest, which may
+    differ between runs. matmul: the `float32_matmul` that a resumed run has recorded.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         memory.retain_freed_memory()
+        configure_matmul(matmul)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by cuBLAS (NVIDIA's manual)
         torch.use_deterministic_algorithms(True)
