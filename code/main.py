@@ -9,10 +9,15 @@ tensorboard --logdir=../logs/RUN                    look at the curves and image
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+# Read when torch starts. Waiting threads then sleep: by default they spin, and two runs on one
+# machine take each other's cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

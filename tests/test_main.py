@@ -350,6 +350,17 @@ for name in ("simplejpeg", "matplotlib", "jinja2", "fpdf", "gdown"):
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP reports its settings")
+@pytest.mark.parametrize("module", ["main", "reverse_attack.train"])
+@pytest.mark.parametrize("given, used", [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_has_set_otherwise(module, given, used):
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    env |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": given} if given else {})
+    words = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(words, cwd=CODE, env=env, capture_output=True, text=True, check=True)
+    assert f"OMP_WAIT_POLICY = '{used}'" in done.stderr
+
+
 def test_torch_opencv_tensorboard_and_tqdm_are_enough_for_a_speedrun(sample_root, tmp_path):
     """As on a GPU machine that the internet cannot be reached from."""
     root = tmp_path / "tree"
