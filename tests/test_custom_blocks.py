@@ -42,3 +42,20 @@ def test_the_saliency_of_2022_is_one_map_per_image_and_leaves_the_network_alone(
     assert maps.shape == (2, 1, 64, 64) and (maps >= 0).all() and maps.any()
     assert grid.shape[0] == 3 and grid.min() >= 0 and grid.max() <= 1
     assert net.training and all(p.grad is None and p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [((4, 4), (4, 4), (0, 0)), ((3, 2), (3, 2), (1, 2)), ((4, 4), (2, 2), (1, 1))],
+)
+def test_patch_embedding_is_its_convolution(kernel, stride, padding, memory_format):
+    embed = custom_blocks.PatchEmbed(kernel, stride, padding, in_chans=3, embed_dim=5).double()
+    embed.to(memory_format=memory_format)
+    x = torch.randn(2, 3, 13, 15, dtype=torch.double).to(memory_format=memory_format)
+    x.requires_grad_()
+    found, expected = embed(x), embed.proj(x).permute(0, 2, 3, 1)
+    torch.testing.assert_close(found, expected)
+    wanting = [x, *embed.parameters()]
+    grads = [torch.autograd.grad(y.square().sum(), wanting) for y in (found, expected)]
+    torch.testing.assert_close(*grads)
