@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepvision.runtime import distributed, memory
+from deepvision.runtime.image_conv import speed_up_image_gradient
 from deepvision.runtime.matmul import configure_matmul
 from utils import UserError
 
@@ -192,6 +193,8 @@ def prepare_model(
     layout = preferred_layout(device.type, capability_of(device), amp)
     context = DeviceContext(device, AMP_DTYPES[amp], layout)
     model.to(device, memory_format=layout)
+    if device.type == "cpu":
+        speed_up_image_gradient(model)
     if layout == torch.channels_last and (reason := probe_backward(model, context)):
         context = replace(context, memory_format=torch.contiguous_format)
         model.to(memory_format=context.memory_format)
