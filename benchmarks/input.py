@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 from results_file import RESULTS, origin, origin_line
-from side_by_side import Work, cpu_seconds
+from side_by_side import Work, seconds
 from torch.utils.data import DataLoader
 
 from custom_affine import inscribed_size
@@ -173,8 +173,8 @@ def measure(loaders: dict[str, DataLoader], rounds: int) -> dict[str, list[float
     """Images per second of CPU time, of each variant in each round."""
     variants = {name: partial(prepare_pass, loader) for name, loader in loaders.items()}
     return {
-        name: [len(loaders[name]) * BATCH / seconds for seconds in values]
-        for name, values in cpu_seconds(variants, rounds).items()
+        name: [len(loaders[name]) * BATCH / elapsed for elapsed in values]
+        for name, values in seconds(variants, rounds).items()
     }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from side_by_side import Variants, Work, make_parser, measure, write
+from side_by_side import TIMES, Variants, Work, make_parser, measure, write
 from torch import Tensor, nn
 from train_step import NETWORKS, course_attention
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv[1:])
     images = args.batch_size * args.attack_steps
     rows = measure(NETWORKS, lambda name: variants(name, args), args.rounds, images)
-    note = "Per image and attack step. Medians of interleaved rounds, one thread."
+    note = f"Per image and attack step. {TIMES}"
     write("pgd_benchmark", "PGD: course loop and ours", note, rows, command_line(argv))
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT / "code"))
 
+from deepvision.runtime.matmul import onednn_is_right, read_facts  # noqa: E402
 from deepvision.runtime.provenance import provenance  # noqa: E402
 
 
@@ -30,13 +31,16 @@ def write_section(name: str, title: str, text: str) -> None:
 
 
 def origin(command: str, device: str = "cpu", **versions: str) -> dict:
-    """The provenance of a result, with the CPU's model and the versions of other libraries."""
-    return provenance(torch.device(device), command) | {"processor": cpu_model()} | versions
+    """The provenance of a result, with the CPU's model, the library of our float32 products on it,
+    and the versions of other libraries."""
+    products = "oneDNN" if onednn_is_right(read_facts()) else "torch's default"
+    cpu = {"processor": cpu_model(), "float32 products": products}
+    return provenance(torch.device(device), command) | cpu | versions
 
 
 def origin_line(record: dict) -> str:
     """An `origin` as one line of Markdown; its other keys are not printed."""
-    known = ("commit", "processor", "torch", "python", "opencv", "numpy")
+    known = ("commit", "processor", "float32 products", "torch", "python", "opencv", "numpy")
     named = ", ".join(f"{key} {record[key]}" for key in known if record.get(key))
     return f"`{record['command']}`, {named}, {record['device']}, {record['date']}."
 

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 import torch
 from results_file import RESULTS, origin, origin_line
 
+TIMES = "One thread: CPU time; two: wall time. Medians of interleaved rounds, ratios within each."
 Work = Callable[[], None]
 Variants = dict[str, Callable[[], Work]]  # name -> function that prepares the work
 
@@ -28,52 +29,59 @@ def make_parser(description: str, batch_size: int) -> argparse.ArgumentParser:
 def measure(
     subjects: Iterable[str], variants: Callable[[str], Variants], rounds: int, images: int
 ) -> list[dict]:
-    """The rows of all subjects, on one thread; `images`: how many each variant processes."""
+    """The rows of all subjects, on one and two threads; `images`: how many each variant takes."""
     torch.set_num_threads(1)
     return [
         row
+        for threads in (1, 2)
         for subject in subjects
-        for row in summary(subject, cpu_seconds(variants(subject), rounds), images)
+        for row in summary(subject, threads, seconds(variants(subject), rounds, threads), images)
     ]
 
 
-def cpu_seconds(variants: Variants, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each variant in each round, after one warm-up round.
+def seconds(variants: Variants, rounds: int, threads: int = 1) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one warm-up round.
 
     Each variant runs in a separate process, since the memory allocated by one would change the
-    next. The CPU time of that process does not depend on other work on the machine.
+    next. On one thread it is the CPU time of that process, which does not depend on other work on
+    the machine; on more it is wall time.
     """
-    connections = {name: _start(prepare) for name, prepare in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    connections = {name: _start(prepare, threads) for name, prepare in variants.items()}
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, connection in connections.items():
             connection.send(True)
-            seconds[name].append(connection.recv())
-    return {name: values[1:] for name, values in seconds.items()}
+            found[name].append(connection.recv())
+    for connection in connections.values():
+        connection.send(False)
+    return {name: values[1:] for name, values in found.items()}
 
 
-def _start(prepare: Callable[[], Work]) -> Connection:
+def _start(prepare: Callable[[], Work], threads: int) -> Connection:
     parent, child = multiprocessing.Pipe()
     fork = multiprocessing.get_context("fork")
-    fork.Process(target=_serve, args=(prepare, child), daemon=True).start()
+    fork.Process(target=_serve, args=(prepare, child, threads), daemon=True).start()
     return parent
 
 
-def _serve(prepare: Callable[[], Work], connection: Connection) -> None:
+def _serve(prepare: Callable[[], Work], connection: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
+    now = time.process_time if threads == 1 else time.perf_counter
     work = prepare()
     while connection.recv():
-        start = time.process_time()
+        start = now()
         work()
-        connection.send(time.process_time() - start)
+        connection.send(now() - start)
 
 
-def summary(subject: str, seconds: dict[str, list[float]], images: int) -> list[dict]:
+def summary(subject: str, threads: int, seconds: dict[str, list[float]], images: int) -> list[dict]:
     """One row per variant: median milliseconds per image, median speedup over the first."""
     base = next(iter(seconds.values()))
     return [
         {
             "subject": subject,
             "variant": name,
+            "threads": threads,
             "ms_per_image": round(1e3 * statistics.median(values) / images, 3),
             "speedup": round(
                 statistics.median(b / v for v, b in zip(values, base, strict=True)), 2
@@ -90,9 +98,10 @@ def write(name: str, title: str, note: str, rows: list[dict], command: str, **mo
     record = {**source, **more, "rows": rows}
     target.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [f"# {title}", "", f"{origin_line(source)} {note}", ""]
-    lines += ["| | variant | CPU ms / image | speedup |", "|---|---|---:|---:|"]
+    lines += ["| | variant | threads | ms / image | speedup |", "|---|---|---:|---:|---:|"]
     lines += [
-        f"| {r['subject']} | {r['variant']} | {r['ms_per_image']:.2f} | {r['speedup']:.2f} |"
+        f"| {r['subject']} | {r['variant']} | {r['threads']} | {r['ms_per_image']:.2f} | "
+        f"{r['speedup']:.2f} |"
         for r in rows
     ]
     text = "\n".join(lines) + "\n"

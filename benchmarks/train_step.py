@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from input import COURSE, OURS, CourseImages, StepByStep
-from side_by_side import Variants, Work, make_parser, measure, write
+from side_by_side import TIMES, Variants, Work, make_parser, measure, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -144,10 +144,7 @@ def main(argv: Sequence[str]) -> None:
     images, command = args.steps * args.batch_size, command_line(argv)
     rows = measure(NETWORKS, lambda name: variants(name, args), args.rounds, images)
     wait = data_wait(args)
-    note = (
-        "Medians of interleaved rounds, one thread; the ratio is taken within each round. "
-        f"Our loop with one worker waited for data {wait:.1%} of its wall time."
-    )
+    note = f"{TIMES} Our loop with one worker waited for data {wait:.1%} of its wall time."
     title = "Training: course loop and ours"
     write("train_step_benchmark", title, note, rows, command, data_wait=wait)
 
