@@ -30,7 +30,9 @@ def test_the_standard_set_is_the_papers():
     assert stages[-1].attack.p == 0.8
     assert not any(getattr(s.attack, "multi_epsilon", False) for s in stages)
     l1 = AutoAttack(norm="l1", epsilon=3060).stages(10)
-    assert [s.attack.multi_epsilon for s in l1[:10]] == [True] * 10
+    names = Counter(stage.name for stage in l1)
+    assert names == {"apgd-ce": 1, "apgd-t (dlr)": 5, "fab-t": 9, "square": 1}
+    assert all(s.attack.multi_epsilon for s in l1[:6]) and l1[0].attack.restarts == 5
 
 
 def test_the_rand_set_averages_gradients_and_never_stops_early():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from deepvision.attacks.norms import per_sample
+from deepvision.attacks.norms import per_sample, sample_like
 from deepvision.attacks.pgd import GradientAttack, Network, State
 
 
@@ -42,8 +43,9 @@ class APGD(GradientAttack):
     The delta with the highest loss is returned (with early stop: the first that succeeds). In l_1
     the number of changed coordinates adapts too, without momentum (2021, algorithm 1).
 
-    multi_epsilon: search in larger balls first, 3 epsilon and 2 epsilon, and continue from the
-        projection of the best delta; the last 40 % of the steps use epsilon (2021, section 3.3).
+    multi_epsilon: start at a normal random point, search in larger balls first, 3 epsilon and
+        2 epsilon, and continue from the projection of the best delta and with its sparsity; the
+        last 40 % of the steps use epsilon (2021, section 3.3).
     """
 
     random_start: bool = True
@@ -53,7 +55,8 @@ class APGD(GradientAttack):
     def _run(self, net: Network, s: State) -> Tensor:
         if not self.multi_epsilon:
             return super()._run(net, s)
-        steps = round(0.3 * self.steps)
+        steps = math.ceil(0.3 * self.steps)
+        s.delta = sample_like(torch.randn, s.delta.shape, s.delta, self.generator)
         for factor in (3, 2):
             wide = replace(
                 self,
@@ -83,6 +86,8 @@ class APGD(GradientAttack):
 
     def _begin(self, s: State) -> APGDState:
         d = s.delta[0].numel()
+        l0 = (s.delta != 0).flatten(1).sum(1)
+        l0 = torch.where(l0 > 0, l0, d)  # a start at x
         return APGDState(
             **vars(s),
             delta_max=s.delta,
@@ -94,8 +99,8 @@ class APGD(GradientAttack):
             f_checkpoint=s.f,
             rises=torch.zeros_like(s.f),
             halved=torch.zeros_like(s.f, dtype=torch.bool),
-            k=torch.full_like(s.y, d // 5),
-            l0=torch.full_like(s.y, d),
+            k=(l0 / 1.5).long().clamp(max=d // 5),
+            l0=l0,
         )
 
     def _remember(self, s: APGDState) -> APGDState:
@@ -122,7 +127,7 @@ class APGD(GradientAttack):
 
     def _adapt_sparsity(self, i: int, s: APGDState) -> Tensor:
         """Change fewer coordinates than delta_max does; return (N,) where l0 fell (restart)."""
-        if i == 0 or i % max(1, round(0.04 * self.steps)):
+        if i == 0 or i % max(1, self.steps // 25):
             return torch.zeros_like(s.halved)
         l0 = (s.delta_max != 0).flatten(1).sum(1)
         fell = l0 < 0.95 * s.l0

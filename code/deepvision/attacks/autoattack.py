@@ -80,6 +80,7 @@ class AutoAttack:
     epsilon: in the unit of `pixels`; steps: of APGD and FAB; queries: of Square; targets: per
     image, of the targeted attacks; seed: of all random numbers; batch_size: images in one unit of
     work. Results follow from seed and batch_size, whether or not an evaluation is interrupted.
+    In l_1, APGD searches in larger balls first, on CE five times, on DLR towards five targets.
 
     Raises:
         ValueError: an unknown norm or version, or an epsilon that is not positive.
@@ -110,14 +111,15 @@ class AutoAttack:
             dlr = "dlr" if num_classes > 2 else "margin"
             return [Stage(f"apgd-{loss}", APGD(loss=loss, **apgd)) for loss in ("ce", dlr)]
         dlr = "dlr" if num_classes > 3 else "margin"
-        towards = {"goal": "towards_target"}
-        targeted = {
-            f"apgd-t ({dlr})": APGD(loss=dlr, **apgd, **towards),
-            "fab-t": FAB(steps=self.steps, **common, **towards),
-        }
-        ranks = range(min(self.targets, num_classes - 1))
-        stages = [Stage("apgd-ce", APGD(loss="ce", **apgd))]
-        stages += [Stage(name, a, rank) for name, a in targeted.items() for rank in ranks]
+        l1, towards = self.norm == "l1", {"goal": "towards_target"}
+        targeted = [
+            (f"apgd-t ({dlr})", APGD(loss=dlr, **apgd, **towards), 5 if l1 else 9),
+            ("fab-t", FAB(steps=self.steps, **common, **towards), 9),
+        ]
+        stages = [Stage("apgd-ce", APGD(loss="ce", restarts=5 if l1 else 1, **apgd))]
+        for name, attack, targets in targeted:
+            ranks = range(min(targets, self.targets, num_classes - 1))
+            stages += [Stage(name, attack, rank) for rank in ranks]
         return [*stages, Stage("square", Square(steps=self.queries - 1, **common))]
 
     def run(

@@ -11,8 +11,8 @@ from deepvision.attacks.losses import Loss
 from deepvision.attacks.norms import lp_norm, per_sample, sample_like
 from deepvision.attacks.pgd import Attack, Network, State
 
-# p is halved at these iterations of 10,000 (section 3, "schedule")
-HALVINGS = (10, 50, 200, 1000, 2000, 4000, 6000, 8000)
+# p is halved at these iterations, whatever the number of queries, as in AutoAttack
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,7 @@ class Square(Attack):
 
     def side(self, i: int, H: int, W: int) -> int:
         """The side of the squares at iteration i, in pixels of an image (H, W)."""
-        done = 10_000 * i / max(self.steps, 1)
-        p = self.p / 2 ** sum(done > halving for halving in HALVINGS)
+        p = self.p / 2 ** sum(i > halving for halving in HALVINGS)
         return min(H, W, max(1, round((p * H * W) ** 0.5)))
 
     def _window(self, s: State, N: int, length: int, side: int) -> Tensor:
