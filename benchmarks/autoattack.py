@@ -146,6 +146,12 @@ def compare_square(
     return "\n".join(lines)
 
 
+def describe(loaded: classifier.LoadedClassifier) -> str:
+    """The network: architecture, checksum, precision."""
+    precision = "bfloat16" if loaded.model.bf16 else "float32"
+    return f"Network {loaded.arch}, SHA-256 {loaded.sha256[:12]}, {precision}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Compare on all networks and norms that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -155,19 +161,20 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--norms", nargs="+", choices=EPSILONS, default=list(EPSILONS))
     parser.add_argument("--queries", type=int, default=5000, help="of Square")
     parser.add_argument("--shrink", type=float, default=1.0, help="divides ε; default 1")
+    parser.add_argument("--bf16", action="store_true", help="networks compute in bfloat16")
     parser.add_argument("--square", nargs="+", type=float, metavar="P", help="Square alone")
     args = parser.parse_args(argv[1:])
     logging.disable()  # the official code reports each batch
     images = data.list_images("cifar10", args.data_root, "test").sample(0, args.limit)
     x, y = (torch.cat(parts) for parts in zip(*images.batches(BATCH), strict=True))
     for name, _, file in (network.partition("=") for network in args.networks):
-        loaded = classifier.load(Path(file), "narrow", 10)
+        loaded = classifier.load(Path(file), "narrow", 10, args.bf16)
         source = origin_line(origin(command_line(argv)))
         for norm in args.norms:
             title = f"{name}, l_{norm[1:]}{', Square alone' if args.square else ''}"
             setting = (loaded.model, norm, EPSILONS[norm] / args.shrink, args.queries, x, y)
             text = compare_square(*setting, args.square) if args.square else compare(*setting)
-            text += f"\n\nNetwork {loaded.arch}, SHA-256 {loaded.sha256[:12]}. CIFAR-10, {source}"
+            text += f"\n\n{describe(loaded)}. CIFAR-10, {source}"
             write_section("autoattack.md", title, text)
             print(title, text, sep="\n", flush=True)
 

@@ -2,6 +2,7 @@
 
 python reverse_attack/attack.py --attack-iters 5 --norm l_1        # also l_2, l_inf, all
 python reverse_attack/attack.py --norm l_inf --attack-type cw --restarts 3 --eval
+python reverse_attack/attack.py --norm all --attack-suite standard --limit 1000
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import torch
 if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from deepvision.attacks import PGD, lp_norm
+from deepvision.attacks import PGD, AutoAttack, lp_norm
+from deepvision.attacks.autoattack import VERSIONS
 from deepvision.config import at_least
+from deepvision.evaluation.robust_eval import attack_errors, evaluate_robustness
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import attack_sets, classifier, options
 from reverse_attack.attack_sets import ATTACKS, NORMS, AttackSet
 from reverse_attack.classifier import LoadedClassifier
 from reverse_attack.cost import measure_cost
-from reverse_attack.data import Images, list_images
+from reverse_attack.data import Images, as_pixels, list_images
 from reverse_attack.reversal import input_scale
 from utils import relpath
+
+# Flags of a single attack and their defaults
+SINGLE = {"attack_iters": 5, "pgd_alpha": None, "attack_type": "pgd", "restarts": 1, "eval": False}
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -33,21 +39,31 @@ def parse(argv: Sequence[str]) -> Namespace:
     parser = options.make_parser("Attack a classifier's test images in an l_p ball.", 250)
     add = parser.add_argument
     add("--norm", type=options.norm("all"), default="linf", help="l_inf, l_2, l_1 or all")
-    add("--attack-iters", type=at_least(int, 0), default=5, help="steps; default 5")
+    add("--attack-iters", type=at_least(int, 0), help="steps; default 5")
     add("--epsilon", type=at_least(float, 0), help="in /255 for l_inf, else on [0, 1] images")
     add("--pgd-alpha", type=at_least(float, 0), help="step size, likewise; 2.5 epsilon / steps")
-    add("--attack-type", choices=ATTACKS, default="pgd", help="cross-entropy, margin or DLR loss")
-    add("--restarts", type=at_least(int, 1), default=1, help="the worst run counts for each image")
-    add("--eval", action="store_true", help="stop at each image's first success")
+    add(
+        "--attack-type",
+        choices=ATTACKS,
+        help="by its loss: cross-entropy, margin or DLR; default pgd",
+    )
+    add("--restarts", type=at_least(int, 1), help="the worst run counts for each image; default 1")
+    add("--eval", action="store_true", default=None, help="stop at each image's first success")
+    add("--attack-suite", choices=VERSIONS, help="AutoAttack's set: accuracy only, resumable")
     add("--savepath", type=Path, metavar="FOLDER", help="default: the data root")
     args = options.parse(parser, argv, "attack.py")
     if args.norm == "all" and (args.epsilon, args.pgd_alpha) != (None, None):
         parser.error("--epsilon and --pgd-alpha have another unit in each norm: name one norm")
+    given = {name for name in SINGLE if getattr(args, name) is not None}
+    if args.attack_suite and given:
+        flag = min(given).replace("_", "-")
+        parser.error(f"--attack-suite sets its attacks: leave --{flag} out")
+    vars(args).update({k: v for k, v in SINGLE.items() if k not in given})
     return args
 
 
 def attack(args: Namespace) -> None:
-    """Attack the images in each norm and store a set for each."""
+    """Attack the images in each norm."""
     options.check_epsilon(args.epsilon, args.norm, args.dataset)
     index = list_images(args.dataset, args.data_root, "test")
     loaded = classifier.from_args(args, len(index.classes))
@@ -56,20 +72,54 @@ def attack(args: Namespace) -> None:
     norms = NORMS if args.norm == "all" else (args.norm,)
     for norm in norms:
         options.require_writable(attack_sets.folder_of(root, norm))
-    for norm in norms:
-        attacked = attack_all(args, norm, loaded, images)
-        path, meta = attack_sets.save(attacked, root, norm), attacked.meta
-        print(
-            f"{NORMS[norm]}: clean {meta['clean_accuracy']:.2f} %, attacked "
-            f"{meta['attacked_accuracy']:.2f} %, largest norm {meta['largest_norm']:.4g} "
-            f"of {meta['epsilon']:g}; per image {meta['forward_passes_per_image']:.1f} forward "
-            f"passes, {meta['seconds_per_image']:.3f} s; {relpath(path)}"
-        )
+    with attack_errors():
+        for norm in norms:
+            run = run_suite if args.attack_suite else run_attack
+            run(args, norm, loaded, images, root)
+
+
+def run_attack(
+    args: Namespace, norm: str, loaded: LoadedClassifier, images: Images, root: Path
+) -> None:
+    """Attack the images in one norm and store the set below `root`."""
+    attacked = attack_all(args, norm, loaded, images)
+    path, meta = attack_sets.save(attacked, root, norm), attacked.meta
+    print(
+        f"{NORMS[norm]}: clean {meta['clean_accuracy']:.2f} %, attacked "
+        f"{meta['attacked_accuracy']:.2f} %, largest norm {meta['largest_norm']:.4g} "
+        f"of {meta['epsilon']:g}; per image {meta['forward_passes_per_image']:.1f} forward "
+        f"passes, {meta['seconds_per_image']:.3f} s; {relpath(path)}"
+    )
+
+
+def run_suite(
+    args: Namespace, norm: str, loaded: LoadedClassifier, images: Images, root: Path
+) -> None:
+    """Robust accuracy under AutoAttack's set; a stopped evaluation continues."""
+    suite = AutoAttack(
+        norm=norm,
+        epsilon=epsilon_of(args, norm),
+        version=args.attack_suite,
+        pixels=input_scale(norm),
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    name = f"autoattack_{suite.version}_eps{suite.epsilon:g}_{len(images)}_{loaded.sha256[:8]}.json"
+    path = attack_sets.folder_of(root, norm) / name
+    print(f"Results image by image, from which a stopped evaluation continues: {relpath(path)}")
+    x, y = as_pixels(images.x).to(args.device), images.y.to(args.device)
+    result = evaluate_robustness(loaded.model, x, y, suite, path)
+    print(result.format_table(), result.summary(), sep="\n")
+
+
+def epsilon_of(args: Namespace, norm: str) -> float:
+    """The radius of the attack, in the unit of `input_scale(norm)`."""
+    return args.budgets[norm] if args.epsilon is None else args.epsilon
 
 
 def make_attack(args: Namespace, norm: str) -> PGD:
     """The attack of the command line; warns of a step that cannot reach epsilon."""
-    epsilon = args.budgets[norm] if args.epsilon is None else args.epsilon
+    epsilon = epsilon_of(args, norm)
     pgd = PGD(
         norm=norm,
         epsilon=epsilon,

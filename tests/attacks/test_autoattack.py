@@ -74,6 +74,22 @@ def test_it_counts_the_forward_passes(net, data):
     assert found.seconds > 0
 
 
+def test_the_passes_left_are_those_of_images_that_no_attack_changes(data):
+    x, y = data
+
+    def stubborn(v):
+        return torch.eye(6)[y[: len(v)]] + 0 * v.flatten(1)[:, :6]
+
+    seen = []
+    attack = suite(batch_size=64)
+    found = attack.run(stubborn, x, y, on_progress=lambda p, _: seen.append(asdict(p)))
+    assert found.robust == 64 and found.passes_left == 0
+    for early, late in zip(seen, seen[1:], strict=False):
+        done = late["forward_passes"] - early["forward_passes"]
+        expected = early["passes_left"] - late["passes_left"]
+        assert expected <= done <= expected + 5 * 64  # the passes before and after the steps
+
+
 class Stop(Exception):
     pass
 

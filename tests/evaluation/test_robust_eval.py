@@ -9,7 +9,11 @@ import pytest
 from diagnosed import PIXELS, Healthy, images
 
 from deepvision.attacks import AutoAttack, Progress
-from deepvision.evaluation.robust_eval import RobustResult, evaluate_robustness
+from deepvision.evaluation.robust_eval import (
+    RobustResult,
+    evaluate_robustness,
+    run_dir_of_network,
+)
 from utils import UserError
 
 
@@ -35,6 +39,19 @@ def test_a_stopped_evaluation_resumes_from_its_file(attack, tmp_path):
     found = evaluate_robustness(model, x, y, attack, path).progress
     assert found.fell_to == expected.fell_to
     assert json.loads(path.read_text())["progress"]["fell_to"] == expected.fell_to
+
+
+def test_a_network_finds_the_folder_of_its_evaluation(attack, tmp_path):
+    x, y = images()
+    for day in ("01", "02"):
+        (tmp_path / f"evaluation_exp_2026-01-{day}_00-00-00").mkdir()
+    folder = tmp_path / "evaluation_exp_2026-01-01_00-00-00"
+    evaluate_robustness(Healthy(), x, y, attack, folder / "autoattack_standard.json")
+    (folder / "autoattack_other.json").write_text("{")
+    other = Healthy()
+    other.templates.data.mul_(2)
+    assert run_dir_of_network(Healthy(), tmp_path) == folder
+    assert run_dir_of_network(other, tmp_path) is None
 
 
 def test_a_file_of_something_else_is_refused_in_one_line(attack, tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from reverse_toys import CLASSES, EPSILONS, run, set_of, weights, x_of
 
 from deepvision import checkpoint
-from deepvision.attacks import PGD, lp_norm
+from deepvision.attacks import PGD, AutoAttack, lp_norm
 from reverse_attack import attack, attack_sets, classifier, inference
 from reverse_attack.data import list_images
 from reverse_attack.reversal import input_scale
@@ -88,6 +91,40 @@ def test_the_papers_preset_takes_its_l_2_budget_unless_epsilon_is_given(root, tm
     assert set_of(tmp_path, "l_2", 1)[1]["epsilon"] == pytest.approx(256 / 255)
     assert run(root, attack, f"{line.replace('1 ', '2 ')} --epsilon 0.25", 4) == 0
     assert set_of(tmp_path, "l_2", 2)[1]["epsilon"] == 0.25
+
+
+def test_the_suite_leaves_what_autoattack_leaves_and_continues_when_stopped(
+    root, tmp_path, capsys, monkeypatch
+):
+    short = partial(AutoAttack, steps=2, queries=3, targets=1)
+    monkeypatch.setattr(attack, "AutoAttack", short)
+    line = f"--attack-suite standard --norm l2 --batch-size 8 --savepath {tmp_path}"
+    assert run(root, attack, line, 16) == 0
+    (path,) = (tmp_path / "pgd" / "l_2").iterdir()
+    found = json.loads(path.read_text())["progress"]["fell_to"]
+    model = classifier.load(weights(root), "narrow", CLASSES).model
+    images = list_images("cifar10", root, "test").sample(0, 16)
+    suite = short(norm="l2", epsilon=0.5, pixels=input_scale("l2"), batch_size=8)
+    assert found == suite.run(model, images.x / 255, images.y).fell_to
+    table = capsys.readouterr().out
+    assert "| square | " in table and "AutoAttack standard, l_2, ε = 127.5/255" in table
+    assert run(root, attack, line, 16) == 0  # nothing is left to do
+    assert capsys.readouterr().out == table
+
+
+@pytest.mark.parametrize(
+    "flag", ["--attack-iters 5", "--restarts 1", "--eval", "--attack-type pgd", "--pgd-alpha 0"]
+)
+def test_the_suite_refuses_the_flags_of_a_single_attack(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        attack.main(["--attack-suite", "standard", *flag.split()])
+    assert stop.value.code == 2
+    assert f"leave {flag.split()[0]} out" in capsys.readouterr().err
+
+
+def test_no_steps_are_none():
+    args = attack.parse(["--attack-iters", "0"])
+    assert (args.attack_iters, args.restarts, args.eval) == (0, 1, False)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ class Progress:
     attacks: the names of the set, in their order.
     done: finished units of work; each is one attack on one batch of images.
     forward_passes: of single images; seconds: both of all sessions together.
+    passes_left: the forward passes still to do if no other image falls.
     """
 
     fell_to: list[str | None]
@@ -42,6 +43,7 @@ class Progress:
     units: int = 0
     forward_passes: int = 0
     seconds: float = 0.0
+    passes_left: int = 0
 
     @property
     def n(self) -> int:
@@ -71,6 +73,12 @@ class Stage:
     name: str
     attack: Attack
     rank: int | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forward passes for an image that does not fall, less a few."""
+        per_step = 2 if isinstance(self.attack, FAB) else getattr(self.attack, "eot", 1)
+        return self.attack.restarts * self.attack.steps * per_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +177,9 @@ class AutoAttack:
                     p.fell_to[i] = None if still_right else stage.name
             p.done, p.forward_passes = number + 1, p.forward_passes + model.images
             p.seconds += time.perf_counter() - start
+            left = [sum(p.fell_to[i] is None for i in batch.tolist()) for batch in batches]
+            units = ((stages[k // len(left)], left[k % len(left)]) for k in range(p.done, p.units))
+            p.passes_left = sum(stage.passes * n for stage, n in units)
             on_progress(p, stage.name)
 
     def _attack(

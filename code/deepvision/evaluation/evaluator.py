@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +15,11 @@ from deepvision.attacks import EPSILONS, PGD, AutoAttack, InputScale, run_diagno
 from deepvision.config import RunConfig
 from deepvision.data.loader import fixed_subset_batch, validation_batches
 from deepvision.evaluation import pictures, sweep
-from deepvision.evaluation.robust_eval import evaluate_robustness
+from deepvision.evaluation.robust_eval import (
+    attack_errors,
+    evaluate_robustness,
+    run_dir_of_network,
+)
 from deepvision.evaluation.saliency import grad_cam, saliency
 from deepvision.evaluation.views import evaluate_views
 from deepvision.models import student
@@ -28,7 +31,7 @@ from deepvision.runtime.meters import EpochMetrics, Metrics, StepTimer
 from deepvision.runtime.run_dir import append_evaluation, new_run_dir, run_dir_of
 from deepvision.runtime.run_logger import make_logger
 from deepvision.training.engine import evaluate, evaluate_under_attack
-from utils import UserError, relpath
+from utils import relpath
 
 DIFFERENCE_FACTOR = 10
 CAPTIONED = 6  # images of a batch that get captions, large enough to be read
@@ -52,8 +55,10 @@ class Evaluator:
         self.batches = validation_batches(val_set, config.workers, pin, distributed.rank_slice())
         names = val_set.get_index_mapping()
         self.class_names = [names.get(str(k), str(k)) for k in range(val_set.num_classes)]
-        run_dir = run_dir_of(config.resume, logs) or new_run_dir(logs, "evaluation")
-        self.logger = make_logger(run_dir)
+        run_dir = run_dir_of(config.resume, logs)
+        if config.attack_suite:  # of a checkpoint outside `logs`, a stopped one continues
+            run_dir = run_dir or run_dir_of_network(model, logs)
+        self.logger = make_logger(run_dir or new_run_dir(logs, "evaluation"))
         self.logs_events = config.vis or config.sweep
         self.timer, self.console = StepTimer(), Console(len(self.batches), config.print_freq)
 
@@ -243,19 +248,6 @@ class Evaluator:
             print(title, final_line(metrics), sep="\n")
             row |= {f"{name}_top1": metrics.acc1, f"{name}_top5": metrics.acc5}
         append_evaluation(self.logger.run_dir, row | more)
-
-
-@contextlib.contextmanager
-def attack_errors() -> Iterator[None]:
-    """Turn an attack's ValueError, such as for epsilon 0, into one line.
-
-    Raises:
-        UserError: instead of the ValueError.
-    """
-    try:
-        yield
-    except ValueError as e:
-        raise UserError(str(e)) from None
 
 
 def attack_from_config(config: RunConfig) -> PGD | None:

@@ -10,9 +10,11 @@ batch; the same call with the same file continues, and ends with the same result
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from deepvision.attacks.pgd import Model
 from deepvision.evaluation.statistics import percent
 from deepvision.evaluation.sweep import format_budget
 from deepvision.runtime.atomic import write_atomically
+from deepvision.runtime.run_dir import run_dirs
 from utils import UserError
 
 
@@ -70,18 +73,31 @@ def evaluate_robustness(
     """
     settings = describe_run(model, x, y, attack)
     progress = load_progress(path, settings) if path else None
-    with tqdm(desc=f"AutoAttack {attack.version}", unit="batch", leave=False, disable=None) as bar:
+    with progress_bar(model, f"AutoAttack {attack.version}") as bar:
 
         def on_progress(p: Progress, name: str) -> None:
             if path:
                 content = json.dumps({"settings": settings, "progress": asdict(p)}, indent=1)
                 write_atomically(path, content.encode())
-            bar.total = p.units
-            bar.update(p.done - bar.n)
+            bar.total = bar.n + p.passes_left
             bar.set_postfix_str(f"{name}: {p.accuracy:.1f} % left")
 
         progress = attack.run(model, x, y, progress, on_progress)
     return RobustResult(attack, progress)
+
+
+@contextlib.contextmanager
+def progress_bar(model: Model, title: str) -> Iterator[tqdm]:
+    """A bar that counts the forward passes of single images; its total follows later."""
+    options = {"unit": "pass", "unit_scale": True, "smoothing": 0, "leave": False, "disable": None}
+    with tqdm(desc=title, **options) as bar, contextlib.ExitStack() as stack:
+
+        def count(_, inputs: tuple) -> None:
+            bar.update(len(inputs[0]))
+
+        if isinstance(model, nn.Module):
+            stack.callback(model.register_forward_pre_hook(count).remove)
+        yield bar
 
 
 def describe_run(model: Model, x: Tensor, y: Tensor, attack: AutoAttack) -> dict:
@@ -90,6 +106,17 @@ def describe_run(model: Model, x: Tensor, y: Tensor, attack: AutoAttack) -> dict
     settings["pixels"] = json.loads(json.dumps(settings["pixels"]))  # tuples to lists
     weights = model.state_dict().values() if isinstance(model, nn.Module) else ()
     return settings | {"images": _checksum([x, y]), "network": _checksum(weights)}
+
+
+def run_dir_of_network(model: nn.Module, logs: Path) -> Path | None:
+    """The newest folder evaluation_exp_* below `logs` with a robust evaluation of this network."""
+    network = _checksum(model.state_dict().values())
+    for run_dir in run_dirs(logs, ["evaluation"]):
+        for path in run_dir.glob("autoattack_*.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if json.loads(path.read_bytes())["settings"]["network"] == network:
+                    return run_dir
+    return None
 
 
 def _checksum(tensors) -> str:
@@ -121,3 +148,16 @@ def load_progress(path: Path, settings: dict) -> Progress | None:
             "delete or rename it to start again"
         )
     return progress
+
+
+@contextlib.contextmanager
+def attack_errors() -> Iterator[None]:
+    """Turn an attack's ValueError, such as for epsilon 0, into one line.
+
+    Raises:
+        UserError: instead of the ValueError.
+    """
+    try:
+        yield
+    except ValueError as e:
+        raise UserError(str(e)) from None
