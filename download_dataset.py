@@ -8,6 +8,7 @@ It needs only Python 3.8, and resumes where an earlier run was interrupted:
 4. unpack into a temporary folder, then rename: data/images is complete from the moment it exists.
 """
 
+import argparse
 import gzip
 import http.client
 import json
@@ -446,6 +447,9 @@ def download():
 
 def main():
     """Run the download; every error is one line."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     certificates = "/etc/ssl/cert.pem"
     if not ssl.get_default_verify_paths().cafile and os.path.exists(certificates):
         os.environ["SSL_CERT_FILE"] = certificates  # python.org's macOS build brings none

@@ -28,4 +28,4 @@ cd "$(dirname "$0")" || exit 1
         "try: PYTHON=/path/to/python3 sh download_dataset.sh" >&2
     exit 1
 }
-exec "$PYTHON" download_dataset.py
+exec "$PYTHON" download_dataset.py "$@"

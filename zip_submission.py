@@ -9,6 +9,7 @@ exists only on one computer. The same files always give the same bytes.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import re
@@ -91,6 +92,8 @@ def unwanted_kind(path: Path) -> str | None:
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
+        if (path / "__init__.py").exists():  # a package, such as deepvision/data
+            return None
         return "cache" if (path / "pyvenv.cfg").exists() else UNWANTED_FOLDERS.get(path.name)
     if not path.is_file():
         return "not a file"
@@ -203,6 +206,9 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     try:
         main(Path(__file__).resolve().parent)
     except Refused as e:

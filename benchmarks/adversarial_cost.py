@@ -8,7 +8,6 @@ rounds in which the modes alternate. Writes a section of results/robustness.md.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from results_file import origin, origin_line, write_section
 from small_images import SCALE
 
+from deepvision.config import OneLineParser
 from deepvision.runtime.device import DeviceContext
 from deepvision.runtime.meters import EpochMetrics, StepTimer
 from deepvision.runtime.provenance import command_line
@@ -62,9 +62,9 @@ def measure(batch_size: int, rounds: int) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Measure and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all modes")
     args = parser.parse_args(argv[1:])
     torch.manual_seed(0)
     seconds = measure(args.batch_size, args.rounds)

@@ -8,7 +8,6 @@ results/robustness.md: clean accuracy and accuracy under PGD-10, with 95 % confi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from small_images import BATCH, SCALE, load, train
 from trained import confidence_interval
 
 from deepvision.attacks import PGD, accuracy_under_attack
+from deepvision.config import OneLineParser
 from deepvision.runtime.provenance import command_line
 from deepvision.training.objectives import AdversarialTraining, Standard
 
@@ -40,10 +40,10 @@ SETTINGS = {
 
 def main(argv: Sequence[str]) -> None:
     """Train and attack one network per setting; write the section after each."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder with train/CLASS/ and test/CLASS/")
-    parser.add_argument("--images", type=int, default=8000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--images", type=int, default=8000, help="training images")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of each training")
     args = parser.parse_args(argv[1:])
     torch.manual_seed(0)
     train_set, (x, y) = load(args.data / "train", args.images), load(args.data / "test", 1000)

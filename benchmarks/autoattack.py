@@ -10,7 +10,6 @@ official code is the package pyautoattack (pip install --no-deps pyautoattack).
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
@@ -22,6 +21,8 @@ from results_file import origin, origin_line, write_section
 from torch import Tensor, nn
 
 from deepvision.attacks import AutoAttack, InputScale, Square, correct_under_attack
+from deepvision.config import OneLineParser
+from deepvision.config import norm as norm_name
 from deepvision.evaluation.statistics import percent
 from deepvision.evaluation.sweep import format_budget
 from deepvision.runtime.provenance import command_line
@@ -154,13 +155,15 @@ def describe(loaded: classifier.LoadedClassifier) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Compare on all networks and norms that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("networks", nargs="+", metavar="NAME=FILE")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("networks", nargs="+", metavar="NAME=FILE", help="checkpoints")
     parser.add_argument("--data-root", type=Path, required=True, help="holds cifar10/")
     parser.add_argument("--limit", type=int, default=200, help="images")
-    parser.add_argument("--norms", nargs="+", choices=EPSILONS, default=list(EPSILONS))
-    parser.add_argument("--queries", type=int, default=5000, help="of Square")
-    parser.add_argument("--shrink", type=float, default=1.0, help="divides ε; default 1")
+    parser.add_argument(
+        "--norms", nargs="+", type=norm_name, default=list(EPSILONS), help="default: all"
+    )
+    parser.add_argument("--queries", type=int, default=5000, help="of Square; default 5000")
+    parser.add_argument("--shrink", type=float, default=1.0, help="divides Îµ; default 1")
     parser.add_argument("--bf16", action="store_true", help="networks compute in bfloat16")
     parser.add_argument("--square", nargs="+", type=float, metavar="P", help="Square alone")
     args = parser.parse_args(argv[1:])

@@ -28,10 +28,14 @@ from conv_report import COURSE, OURS, OURS_NCHW, TORCH, TORCH_LAST, UNFOLD, writ
 from results_file import RESULTS, origin
 from torch import Tensor, nn
 
+from deepvision.config import OneLineParser, device_id
+from deepvision.runtime.device import choose_device
 from deepvision.runtime.matmul import configure_matmul
 from deepvision.runtime.memory import release_freed_memory
 from deepvision.runtime.provenance import command_line
 from student_code import CustomConv2d, SimpleNet
+
+GPU = "index of the GPU, -1 = CPU; also cpu, cuda:N"
 
 
 class UnfoldConv2d(nn.Conv2d):
@@ -274,14 +278,14 @@ def measure(device: torch.device, batch: int, args: argparse.Namespace) -> dict:
 
 def main(argv: Sequence[str]) -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device; -1 = CPU")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--gpu", "--device", type=device_id, metavar="N", default=-1, help=GPU)
     parser.add_argument("--batch", type=int, help="images per step (CPU: 64, CUDA: 256)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="on the CPU")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of all implementations")
     parser.add_argument("--quick", action="store_true", help="two rounds, SimpleNet's layers only")
     args = parser.parse_args(argv[1:])
-    device = torch.device("cpu" if args.gpu < 0 else f"cuda:{args.gpu}")
+    device = choose_device(args.gpu, "--gpu")
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)

@@ -12,7 +12,6 @@ results/reliability.md; exits with 1 if any case failed.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ from torch import nn
 from custom_dataloader import read_label_file
 from custom_transforms import CenterCrop, Compose, Scale
 from deepvision import checkpoint
+from deepvision.config import OneLineParser
 from deepvision.models.registry import create_model
 from deepvision.runtime.meters import EpochMetrics
 from deepvision.runtime.provenance import command_line
@@ -281,12 +281,12 @@ def wait_for_progress(
 
 def main(argv: Sequence[str]) -> int:
     """Run the cases and write the section; return 1 if any failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=0, help="number of cases")
-    parser.add_argument("--seconds", type=float, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", default="", metavar="KIND:NUMBER")
+    parser.add_argument("--seconds", type=float, default=0, help="time for all kinds together")
+    parser.add_argument("--seed", type=int, default=0, help="of the cases")
+    parser.add_argument("--case", default="", metavar="KIND:NUMBER", help="repeat one case")
     args = parser.parse_args(argv[1:])
     torch.set_num_threads(1)
     Training(torch.optim.SGD)  # torch imports now what each process would import

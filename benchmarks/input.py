@@ -11,7 +11,6 @@ results/input_benchmark.{json,md,png}.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -44,6 +43,7 @@ from custom_transforms import (
     Scale,
     ToTensor,
 )
+from deepvision.config import OneLineParser
 from deepvision.data import cache
 from deepvision.data.loader import SeededLoader, training_batches
 from deepvision.runtime.device import configure_backend
@@ -236,10 +236,10 @@ def plot(result: dict, path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
     parser.add_argument("--images", type=int, default=500, help="images per pass")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of all variants")
     args = parser.parse_args(argv[1:])
     torch.set_num_threads(1)
     result = origin(command_line(argv), opencv=cv2.__version__, numpy=np.__version__)

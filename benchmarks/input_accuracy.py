@@ -19,6 +19,7 @@ from results_file import RESULTS, origin, origin_line
 
 import custom_transforms
 import main as driver
+from deepvision.config import OneLineParser
 from deepvision.runtime.jsonl import read_metrics
 from deepvision.runtime.provenance import command_line
 
@@ -40,10 +41,10 @@ def train(path: str, seed: int, args: argparse.Namespace) -> list[float]:
 
 def main(argv: Sequence[str]) -> None:
     """Train all runs and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of each run")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each variant")
     args = parser.parse_args(argv[1:])
     source = origin_line(origin(command_line(argv)))
     lines = [

@@ -9,7 +9,6 @@ rate is due to the attack or to its budget. torchattacks is optional: pip instal
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from results_file import origin, origin_line, write_section
 from torch import Tensor, nn
 from trained import best_network, confidence_interval, validation_images
 
+from deepvision.config import OneLineParser
 from deepvision.runtime.provenance import command_line
 from student_code import IMAGENET_MEAN, IMAGENET_STD, PGDAttack
 
@@ -87,10 +87,10 @@ def attacks(model: nn.Module) -> Iterator[tuple[str, Perturb]]:
 
 def main(argv: Sequence[str]) -> None:
     """Attack and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=int, default=300, help="validation images")
     args = parser.parse_args(argv[1:])
     name, model = best_network(args.run, args.data)
     x, y = validation_images(args.data, args.images)

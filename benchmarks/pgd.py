@@ -71,8 +71,8 @@ def variants(name: str, args: argparse.Namespace) -> Variants:
 
 def main(argv: Sequence[str]) -> None:
     """Measure and write the results."""
-    parser = make_parser(__doc__.split("\n")[0], batch_size=16)
-    parser.add_argument("--attack-steps", type=int, default=3)
+    parser = make_parser(__doc__, batch_size=16)
+    parser.add_argument("--attack-steps", type=int, default=3, help="steps of each attack")
     args = parser.parse_args(argv[1:])
     images = args.batch_size * args.attack_steps
     rows = measure(NETWORKS, lambda name: variants(name, args), args.rounds, images)

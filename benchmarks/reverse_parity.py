@@ -125,7 +125,7 @@ def measure(args: Namespace) -> None:
 
 def main() -> int:
     """Run the command; return the exit status."""
-    parser = options.make_parser(__doc__.split("\n")[0], 100)
+    parser = options.make_parser(__doc__, 100)
     parser.set_defaults(limit=200)
     return options.run(measure, options.parse(parser, sys.argv[1:], "reverse_parity.py"), LOGS)
 

@@ -33,6 +33,7 @@ from deepvision.attacks import (
     add_random_noise,
     run_diagnostics,
 )
+from deepvision.config import OneLineParser
 from deepvision.evaluation.sweep import format_budget
 from deepvision.runtime.jsonl import read_json
 from deepvision.runtime.provenance import command_line
@@ -129,14 +130,14 @@ def failed_diagnostics(models: dict[str, nn.Module], x: Tensor, y: Tensor) -> It
 
 def main(argv: Sequence[str]) -> None:
     """Attack all networks and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="data folder")
     parser.add_argument("runs", type=Path, nargs="*", help="run folders; none: train networks")
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--images", type=int, default=200, help="images under attack")
     parser.add_argument("--attack", action="append", default=[], help="a row; default: all")
     parser.add_argument("--diagnosed", type=int, default=100, help="images of the diagnostics")
     parser.add_argument("--train", type=int, default=8000, help="training images without runs")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="epochs without runs")
     args = parser.parse_args(argv[1:])
     torch.manual_seed(0)
     models, (x, y) = (networks_of_runs if args.runs else train_networks)(args)

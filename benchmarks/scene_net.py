@@ -33,6 +33,7 @@ import main as driver
 from custom_blocks import DropPath
 from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint
+from deepvision.config import OneLineParser
 from deepvision.data.loader import validation_batches
 from deepvision.models import registry, student
 from deepvision.models.registry import create_model
@@ -280,12 +281,12 @@ def predict(
 
 def main(argv: Sequence[str]) -> None:
     """Execute the runs that are missing and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
     parser.add_argument("--images", type=int, default=150, help="training images per category")
     parser.add_argument("--held-out", type=int, default=100, help="evaluated ones per category")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each network")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks and ingredients")
     parser.add_argument("--table", action="store_true", help="no runs, only the tables")
     args = parser.parse_args(argv[1:])

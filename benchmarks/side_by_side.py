@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -13,16 +12,18 @@ from multiprocessing.connection import Connection
 import torch
 from results_file import RESULTS, origin, origin_line
 
+from deepvision.config import OneLineParser
+
 TIMES = "One thread: CPU time; two: wall time. Medians of interleaved rounds, ratios within each."
 Work = Callable[[], None]
 Variants = dict[str, Callable[[], Work]]  # name -> function that prepares the work
 
 
-def make_parser(description: str, batch_size: int) -> argparse.ArgumentParser:
+def make_parser(description: str, batch_size: int) -> OneLineParser:
     """A parser with --batch-size and --rounds."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--batch-size", type=int, default=batch_size)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = OneLineParser(description=description)
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images per step")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of all variants")
     return parser
 
 

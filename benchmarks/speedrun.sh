@@ -6,9 +6,14 @@
 # It can be interrupted: started again, it resumes. Each finished run gets a row in
 # results/speedrun.{json,md}: accuracy, seconds to 40 % top-1, seconds per epoch.
 # To start over, delete logs/speedrun.
+
 set -euo pipefail
 
-data=$(realpath "${1:?usage: benchmarks/speedrun.sh DATA [flags]}")
+case ${1:---help} in -h | --help)
+    sed -n '2,/^$/s/^#\( \|$\)//p' "$0"
+    exit ;;
+esac
+data=$(realpath "$1")
 shift
 cd "$(dirname "$0")/../code"
 python=${PYTHON:-python3}

@@ -13,6 +13,7 @@ from pathlib import Path
 from results_file import RESULTS
 from training import summary
 
+from deepvision.config import OneLineParser
 from deepvision.runtime.jsonl import read_metrics
 
 RECORD = RESULTS / "speedrun.json"
@@ -54,9 +55,12 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Replace the row of this name and write both files."""
-    name, run = argv[1], Path(argv[2])
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("name", help="of the row")
+    parser.add_argument("run", type=Path, help="run folder")
+    args = parser.parse_args(argv[1:])
     rows = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    rows = [row for row in rows if row["name"] != name] + [timed(name, run)]
+    rows = [row for row in rows if row["name"] != args.name] + [timed(args.name, args.run)]
     RECORD.write_text(json.dumps(rows, indent=2) + "\n")
     RECORD.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows[-1:]))

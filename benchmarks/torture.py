@@ -10,7 +10,6 @@ of an uninterrupted run. Writes results/reliability.md; exits with 1 if any run 
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -26,6 +25,7 @@ from pathlib import Path
 from results_file import ROOT, origin, origin_line, write_section
 from run_state import final_state
 
+from deepvision.config import OneLineParser
 from deepvision.runtime.provenance import command_line
 
 COMMON = ["--gpu=-1", "-b=16", "--epochs=3", "--warmup=1", "--lr=0.02", "-p=2", "--save-every=2"]
@@ -196,9 +196,9 @@ class Campaign:
 
 def main(argv: Sequence[str]) -> int:
     """Interrupt runs and write the section; return 1 if any run differs."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(argv[1:])
     with tempfile.TemporaryDirectory() as scratch:
         campaign = Campaign(Path(scratch), args.seed)

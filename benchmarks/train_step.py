@@ -137,7 +137,7 @@ def data_wait(args: argparse.Namespace) -> float:
 
 def main(argv: Sequence[str]) -> None:
     """Measure and write the results."""
-    parser = make_parser(__doc__.split("\n")[0], batch_size=32)
+    parser = make_parser(__doc__, batch_size=32)
     parser.add_argument("data", type=Path, help="data folder in the MiniPlaces layout")
     parser.add_argument("--steps", type=int, default=2, help="steps per round")
     args = parser.parse_args(argv[1:])

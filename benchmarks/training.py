@@ -9,7 +9,6 @@ runs stay.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from results_file import RESULTS
 
+from deepvision.config import OneLineParser
 from deepvision.runtime.jsonl import read_json, read_jsonl, read_metrics
 from deepvision.runtime.run_dir import kind_and_start
 
@@ -76,7 +76,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Add the runs to the record and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     args = parser.parse_args(argv[1:])
     by_run = {row["run"]: row for row in json.loads(RECORD.read_text())} if RECORD.exists() else {}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from utils import UserError, load_image
+from utils import UserError, load_image, relpath
 
 # Images are spread over processes. OpenCV's own threads would compete for the same cores, and a
 # forked worker that inherits its thread pool can hang.
@@ -28,7 +28,11 @@ MAX_CLASSES = 10_000  # a mangled label must not become the size of a layer
 BLANK = b" \t\r\n"
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 
-GET_DATA = "get the images with: sh download_dataset.sh"
+CODE = Path(__file__).resolve().parent
+DOWNLOAD = f"sh {relpath(CODE.parent / 'download_dataset.sh')}"  # where the user stands
+GET_DATA = f"{DOWNLOAD} downloads MiniPlaces"
+if (CODE / "make_sample_data.py").exists():  # not in the course's tree
+    GET_DATA += f", python {relpath(CODE / 'make_sample_data.py')} draws a small set"
 
 
 class MiniPlacesLoader(Dataset):
@@ -73,7 +77,7 @@ class MiniPlacesLoader(Dataset):
         self.skipped = [path for path in self.paths if path in bad]
         kept = [pair for pair in zip(self.paths, self.labels, strict=True) if pair[0] not in bad]
         if not kept:
-            raise UserError(f"no image that {self.label_file} lists can be read; {GET_DATA}")
+            raise UserError(f"no image that {self.label_file} lists can be read")
         self.paths, self.labels = map(list, zip(*kept, strict=True))
 
     def __len__(self) -> int:
@@ -121,6 +125,7 @@ def count_classes(root_folder: str | Path) -> int:
         UserError: train.txt is missing, or a line of either file is wrong.
     """
     root = _existing(Path(root_folder))
+    _existing(root / "images")
     files = [root / "train.txt", *(f for f in [root / "val.txt"] if os.path.exists(f))]
     return 1 + max(label for f in files for label in read_label_file(f, MAX_CLASSES)[1])
 
@@ -138,7 +143,7 @@ def read_label_file(path: Path, num_classes: int) -> tuple[list[str], list[int]]
     try:
         data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
-        raise UserError(f"there is no label file {path}; {GET_DATA}") from None
+        raise UserError(f"there is no label file {path}; {DOWNLOAD} downloads it") from None
     except OSError as e:
         raise UserError(f"cannot read the label file {path}: {e.strerror or e}") from None
     try:
@@ -151,7 +156,7 @@ def read_label_file(path: Path, num_classes: int) -> tuple[list[str], list[int]]
     except UserError as e:
         raise UserError(f"{path}, {e}") from None
     if not labels:
-        raise UserError(f"{path} lists no images; {GET_DATA}")
+        raise UserError(f"{path} lists no images; {DOWNLOAD} downloads the official list")
     return list(paths), list(labels)
 
 

@@ -38,14 +38,25 @@ class OneLineParser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(
+        usage="%(prog)s SUBMISSIONS [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("submissions", type=Path, nargs="?", metavar="SUBMISSIONS", help="one entry per student")
     add("--out", type=Path, metavar="FOLDER", help="default: SUBMISSIONS-grades")
     add("--csv", type=Path, metavar="FILE", help="default: grades.csv in the folder of --out")
-    add("--jobs", type=int, default=_cores(), metavar="N", help="submissions graded side by side")
+    add(
+        "--jobs",
+        type=int,
+        default=_cores(),
+        metavar="N",
+        help="submissions at a time; default: the cores",
+    )
     add(
         "--cpu-limit",
+        "--cpu_limit",
         type=float,
         default=CPU_LIMIT,
         metavar="SECONDS",

@@ -23,7 +23,14 @@ import torch
 
 from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint
-from deepvision.config import SETTINGS, RunConfig, parse, resolve_defaults, restore
+from deepvision.config import (
+    SETTINGS,
+    RunConfig,
+    parse,
+    resolve_defaults,
+    restore,
+    unit_remarks,
+)
 from deepvision.data import audit
 from deepvision.data.augmentation import adapt_augmentation
 from deepvision.data.cache import enable_caches
@@ -79,6 +86,8 @@ def require_torch() -> None:
 
 def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[], int]:
     """Make everything that the command needs; return its last step, which returns the exit code."""
+    for line in unit_remarks(config):
+        print(line)
     num_classes = count_classes(config.data_folder)
     config, ckpt = find_checkpoint(config, logs)
     config, changed = restore_settings(config, ckpt, logs)

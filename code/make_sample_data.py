@@ -328,11 +328,21 @@ def write_lines(path: Path, rows: list[str]) -> None:
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description="Draw a small data set of ten kinds of scene.")
-    parser.add_argument("root", nargs="?", type=Path, default=DEFAULT_ROOT, help="folder to make")
-    parser.add_argument("--train", type=positive, default=60, help="training images per category")
-    parser.add_argument("--val", type=positive, default=20, help="validation images per category")
-    parser.add_argument("--seed", type=natural, default=2024)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [FOLDER] [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "root", nargs="?", type=Path, default=DEFAULT_ROOT, metavar="FOLDER", help="folder to make"
+    )
+    parser.add_argument(
+        "--train", type=positive, default=60, help="training images per category; default 60"
+    )
+    parser.add_argument(
+        "--val", type=positive, default=20, help="validation images per category; default 20"
+    )
+    parser.add_argument("--seed", type=natural, default=2024, help="of the drawings; default 2024")
     args = parser.parse_args()
     try:
         new = make_sample_data(args.root, args.train, args.val, args.seed)

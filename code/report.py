@@ -30,7 +30,7 @@ from utils import UserError, relpath
 
 def parse(argv: list[str] | None) -> Namespace:
     """Read the command line; a wrong flag ends the program with one line and status 2."""
-    parser = OneLineParser(description="Turn run folders into a page, Markdown, a PDF and figures.")
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, logs/<kind>_exp_<date>")
     add("--out", type=Path, help="folder to write to (default results/report_RUN, or writeup)")

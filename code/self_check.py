@@ -148,7 +148,11 @@ def silence() -> Iterator[TextIO]:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line; refuse what cannot be done before any check runs."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may be repeated")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="grade run folders: ../logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write Gradescope's results.json")

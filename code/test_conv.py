@@ -10,6 +10,7 @@ ends the check with exit status 1.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -143,4 +144,7 @@ def main() -> None:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
         stream.reconfigure(errors="replace")
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     main()

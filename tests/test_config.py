@@ -15,6 +15,7 @@ from deepvision.config import (
     parse,
     resolve_defaults,
     restore,
+    unit_remarks,
 )
 from deepvision.runtime.errors import explain
 from utils import UserError
@@ -63,10 +64,24 @@ def test_norms_have_two_spellings(spelling):
 
 @pytest.mark.parametrize(
     ("words", "device"),
-    [([], "auto"), (["--gpu=-1"], "cpu"), (["--gpu=1"], "cuda:1"), (["--use-mps"], "mps")],
+    [
+        ([], None),
+        (["--gpu=-1"], -1),
+        (["--device=1"], 1),
+        (["--device", "cpu"], "cpu"),
+        (["--gpu=cuda:1"], "cuda:1"),
+        (["--use-mps"], "mps"),
+    ],
 )
 def test_devices(words, device):
     assert parse(["data", *words]).device == device
+
+
+def test_an_epsilon_of_the_unit_interval_gets_one_line():
+    config = parse(["data", "-a", "--resume=x", "--attack-eps", "0.03"])
+    (line,) = unit_remarks(config)
+    assert line.endswith("0.03/255; 0.03 of [0, 1] is --attack-eps=7.65")
+    assert not list(unit_remarks(parse(["data", "--at=pgd", "--at-eps=8"])))
 
 
 def test_defaults_depend_on_the_network_and_named_values_override_them():

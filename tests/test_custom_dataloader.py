@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torch.utils.data import DataLoader
 
 import custom_dataloader
 from custom_dataloader import MiniPlacesLoader, count_classes, read_label_file
-from utils import UserError, save_image
+from utils import UserError, relpath, save_image
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -182,11 +185,14 @@ def test_what_is_missing_is_said_in_one_line(root, tmp_path):
             MiniPlacesLoader(*args, **kwargs)
         return str(error.value)
 
-    get = "get the images with: sh download_dataset.sh"
+    download = f"sh {relpath(ROOT / 'download_dataset.sh')}"
+    draw = f"python {relpath(ROOT / 'code' / 'make_sample_data.py')} draws a small set"
+    get = f"{download} downloads MiniPlaces, {draw}"
     assert message(tmp_path / "no") == f"there is no folder {tmp_path / 'no'}; {get}"
-    assert message(root, split="test") == f"there is no label file {root / 'test.txt'}; {get}"
+    missing = f"there is no label file {root / 'test.txt'}; {download} downloads it"
+    assert message(root, split="test") == missing
     assert "the split is train, val or test; got 'trian'" in message(root, split="trian")
     (root / "train.txt").write_text("\n \n")
-    assert message(root) == f"{root / 'train.txt'} lists no images; {get}"
+    assert message(root).startswith(f"{root / 'train.txt'} lists no images; {download}")
     shutil.rmtree(root / "images")
     assert message(root) == f"there is no folder {root / 'images'}; {get}"

@@ -104,6 +104,15 @@ def test_traps_stay_out(project):
         assert f"left out  {name}" in said
 
 
+def test_a_package_named_data_is_packed(project):
+    package = project / "code" / "part" / "data"
+    package.mkdir()
+    for name in ("__init__.py", "loader.py"):
+        (package / name).write_text("")
+    assert run(project)[0] == 0
+    assert packed(project) == CLEAN | {f"code/part/data/{n}" for n in ("__init__.py", "loader.py")}
+
+
 def test_links_out_of_the_project_stay_out(project, tmp_path):
     (tmp_path / "secret.txt").write_text("trap")
     (tmp_path / "private").mkdir()

@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -39,6 +40,7 @@ NETWORK_FLAGS = {
     "use_resnet18": "resnet18",
     "use_scene_net": "scene_net",
 }
+DEVICE_HELP = "index of the GPU, -1 = CPU; also cpu, cuda:N, mps; default: the first GPU, if any"
 EXAMPLES = """examples:
   python main.py ../data --epochs=60                                      train SimpleNet
   python main.py ../data --epochs=90 --wd 0.05 --lr 0.01 --use-vit        train SimpleViT
@@ -100,6 +102,11 @@ def norm(text: str) -> str:
     if name not in EPSILONS:
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(EPSILONS)}")
     return name
+
+
+def device_id(text: str) -> int | str:
+    """An argparse type: a GPU's index, -1 = CPU; or a device's name, see `choose_device`."""
+    return text if text[:1].isalpha() else at_least(int, -1)(text)
 
 
 def default_workers() -> int:
@@ -233,15 +240,15 @@ class RunConfig:
         str,
         metavar="FILE",
     )
-    save_every: str = flag("10m", "time or steps between checkpoints: 10m, 30s, 200", interval)
+    save_every: str = flag(
+        "10m", "time or steps between checkpoints: 10m, 30s, 200", interval, metavar="TIME"
+    )
     print_freq: int = flag(10, "batches between two printed lines", count, also="-p")
     best_by: str = flag(
         "clean", "metric that selects model_best; robust needs --at", ("clean", "robust")
     )
 
-    gpu: int | None = flag(
-        None, "index of the GPU, -1 = CPU; default: the first GPU, if any", at_least(int, -1)
-    )
+    gpu: int | str | None = flag(None, DEVICE_HELP, device_id, also="--device", metavar="N")
     use_mps: bool = flag(False, "use Apple's GPU")
     workers: int = flag(
         default_workers(),
@@ -310,13 +317,9 @@ class RunConfig:
         return chosen[0] if chosen else None
 
     @property
-    def device(self) -> str:
-        """The name of the device, as `runtime.device.choose_device` takes it."""
-        if self.use_mps:
-            return "mps"
-        if self.gpu is None:
-            return "auto"
-        return "cpu" if self.gpu == -1 else f"cuda:{self.gpu}"
+    def device(self) -> int | str | None:
+        """The device, as `runtime.device.choose_device` takes it."""
+        return "mps" if self.use_mps else self.gpu
 
     @property
     def trains(self) -> bool:
@@ -362,8 +365,34 @@ NOT_RESTORED |= {name for name in SETTINGS if name.startswith("attack_")}
 # ---------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, the usage in one line, and every flag's default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        """The arguments that are needed; the others are "[flags]"."""
+        needed = [a for a in actions if a.required or not a.option_strings]
+        return super()._format_usage(usage, needed, [], prefix).rstrip() + " [flags]\n\n"
+
+    def _get_help_string(self, action):
+        """The help of a flag with its default, unless it names that itself."""
+        none = any(action.default is value for value in (None, False, "", argparse.SUPPRESS))
+        plain = none or "default" in action.help
+        return action.help if plain else f"{action.help}; default %(default)s"
+
+    def _get_default_metavar_for_optional(self, action):
+        """N for an integer, X for a real number; argparse's for others."""
+        other = super()._get_default_metavar_for_optional(action)
+        return {"int": "N", "float": "X"}.get(getattr(action.type, "__name__", ""), other)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports an error in one line; underscores in flags are read as hyphens."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message: str) -> None:
         """Print the error in one line; exit with status 2."""
@@ -371,21 +400,21 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """argparse's, after `--use_vit` has become `--use-vit` (the course's spelling)."""
-        if args is not None and not any("_" in flag for flag in self._option_string_actions):
-            args = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in args]
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub(r"^--[\w-]+", lambda m: m[0].replace("_", "-"), a) for a in args]
         return super().parse_known_args(args, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py's flags; its namespace holds the named settings only."""
     parser = OneLineParser(
-        usage="%(prog)s DATA_FOLDER [flags]",
         description="Train, evaluate or attack a scene classifier.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("data_folder", help="folder with images/, train.txt and val.txt")
+    parser.add_argument(
+        "data_folder", metavar="DATA_FOLDER", help="holds images/, train.txt and val.txt"
+    )
     group = parser
     for setting in fields(RunConfig):
         if setting.name in GROUPS:
@@ -475,6 +504,18 @@ def training_contradictions(config: RunConfig) -> Iterator[str]:
         yield "--at=free replays each batch at least once: --pgd-steps=1 or more"
     if config.at == "fgsm-rs" and config.pgd_steps not in (None, 1):
         yield "--at=fgsm-rs takes one step: leave --pgd-steps out, or use --at=pgd"
+
+
+def unit_remarks(config: RunConfig) -> Iterator[str]:
+    """A line for each ε below one intensity level, which is probably meant for pixels in [0, 1]."""
+    for name in ("at_eps", "attack_eps"):
+        epsilon = getattr(config, name)
+        if name in config.named and 0 < epsilon < 1:
+            flag = spelled(name)
+            yield (
+                f"{flag}={epsilon:g} is {epsilon:g}/255; "
+                f"{epsilon:g} of [0, 1] is {flag}={255 * epsilon:g}"
+            )
 
 
 def spelled(name: str) -> str:

@@ -36,7 +36,7 @@ SINGLE = {"attack_iters": 5, "pgd_alpha": None, "attack_type": "pgd", "restarts"
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the command line."""
-    parser = options.make_parser("Attack a classifier's test images in an l_p ball.", 250)
+    parser = options.make_parser(__doc__, 250)
     add = parser.add_argument
     add("--norm", type=options.norm("all"), default="linf", help="l_inf, l_2, l_1 or all")
     add("--attack-iters", type=at_least(int, 0), help="steps; default 5")

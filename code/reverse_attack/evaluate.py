@@ -28,9 +28,9 @@ HEAD_RECORD = ("loss", "n_views", "held_out_loss", "chance", "min_crop")
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the command line."""
-    parser = options.make_parser("Evaluate the reversal with adaptive attacks.", 125)
+    parser = options.make_parser(__doc__, 125)
     add = parser.add_argument
-    add("--protocol", choices=PROTOCOLS, default="quick")
+    add("--protocol", choices=PROTOCOLS, default="quick", help="how many images and steps")
     add("--adaptive-limit", type=at_least(int, 1), metavar="N", help="images of adaptive attacks")
     add("--epsilon", type=at_least(float, 0), default=BUDGETS["linf"], help="of the attacks, /255")
     options.add_reversal_flags(parser, negatives="bank")

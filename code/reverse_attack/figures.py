@@ -48,7 +48,7 @@ NUMBERS = ("loss_curve", "heads_compared")  # figures whose numbers are stored t
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the command line."""
-    parser = options.make_parser("Draw figures of the attacks and their reversal.", 100)
+    parser = options.make_parser(__doc__, 100)
     parser.set_defaults(limit=200)
     add = parser.add_argument
     add("--head", metavar="FILE", help="default: the newest head of this classifier")

@@ -44,9 +44,14 @@ class Row:
 
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the command line."""
-    parser = options.make_parser("Accuracy on clean or attacked images, reversed or not.", 125)
+    parser = options.make_parser(__doc__, 125)
     add = parser.add_argument
-    add("--task", choices=("default", "SSL", "random"), default="default")
+    add(
+        "--task",
+        choices=("default", "SSL", "random"),
+        default="default",
+        help="before classification: nothing, the reversal, or noise; default nothing",
+    )
     add("--norm", type=options.norm("clean"), default="clean", help="clean, l_inf, l_2 or l_1")
     add("--iter", type=at_least(int, 0), metavar="N", help="the attack set made with N steps")
     add("--set", metavar="NAME", help="the attack set whose name contains NAME")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from deepvision.config import OneLineParser, at_least
+from deepvision.config import DEVICE_HELP, OneLineParser, at_least, device_id
 from deepvision.runtime.device import choose_device, configure_backend
 from deepvision.runtime.errors import exit_code
 from deepvision.runtime.provenance import command_line, provenance, strip_folder
@@ -40,19 +40,25 @@ def make_parser(description: str, batch_size: int | None) -> OneLineParser:
     parser.set_defaults(budgets=BUDGETS)
     add = parser.add_argument
     add("--data-root", type=Path, default="../data", help="holds cifar10/, or MiniPlaces itself")
-    add("--dataset", choices=DATASETS, default="cifar10")
+    add("--dataset", choices=DATASETS, default="cifar10", help="kind of data in the data root")
     add("--download", action="store_true", help="download CIFAR-10 with torchvision")
     add("--arch", type=arch, default="narrow", help=f"{', '.join(resnets.ARCHS)} or wrn-D-W")
     add("--weights", metavar="FILE", help="checkpoint of the classifier; default: the newest run's")
-    device = parser.add_mutually_exclusive_group()
-    device.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    device.add_argument("--gpu", type=at_least(int, -1), metavar="N", help="cuda:N; -1 = CPU")
+    add("--device", "--gpu", type=device_id, metavar="N", help=DEVICE_HELP)
     add("--bf16", action="store_true", help="networks compute in bfloat16: faster, less precise")
-    add("--seed", type=at_least(int, 0, 2**31), default=0)
+    add("--seed", type=at_least(int, 0, 2**31), default=0, help="of weights, images, attacks")
     add(
         "--limit", type=at_least(int, 1), metavar="N", help="the first N images of the seed's order"
     )
-    add("-b", "--batch-size", "--batchsize", type=at_least(int, 1), default=batch_size)
+    add(
+        "-b",
+        "--batch-size",
+        "--batchsize",
+        type=at_least(int, 1),
+        default=batch_size,
+        metavar="N",
+        help="images per step",
+    )
     add("--preset", choices=PRESETS, help="paper = the choices of Mao et al., 2021")
     return parser
 
@@ -60,7 +66,9 @@ def make_parser(description: str, batch_size: int | None) -> OneLineParser:
 def add_view_flags(parser: argparse.ArgumentParser, n_views: int | None = 4) -> None:
     """Flags for the random views of the contrastive loss."""
     if n_views:
-        parser.add_argument("--n-views", type=at_least(int, 2), default=n_views)
+        parser.add_argument(
+            "--n-views", type=at_least(int, 2), default=n_views, help="random views per image"
+        )
     parser.add_argument(
         "--min-crop",
         type=at_least(float, 0.01, 1),
@@ -177,8 +185,7 @@ def run(command: Callable[[Namespace], None], args: Namespace, logs: Path) -> in
     `args` gets `logs`, the folder of the run folders, and the `torch.device` in place of its name.
     """
     try:
-        name = args.device if args.gpu is None else f"cuda:{args.gpu}" if args.gpu >= 0 else "cpu"
-        args.device = choose_device(name, "--device" if args.gpu is None else "--gpu")
+        args.device = choose_device(args.device)
         configure_backend(args.device)
         args.logs = logs
         if args.download and args.dataset == "cifar10":

@@ -32,14 +32,24 @@ TASK_DEFAULTS = {
 PRESETS = {"paper": {"n_views": 2}}  # its contrastive loss compares pairs of views
 
 
+def of_tasks(name: str) -> str:
+    """The defaults of a flag by task, for its help."""
+    return ", ".join(f"{values[name]} for {task}" for task, values in TASK_DEFAULTS.items())
+
+
 def parse(argv: Sequence[str]) -> Namespace:
     """Read the command line; flags that are not given get the task's defaults."""
-    parser = options.make_parser("Train a classifier or the self-supervised head.", None)
+    parser = options.make_parser(__doc__, None)
     add = parser.add_argument
-    add("--task", choices=TASK_DEFAULTS, required=True)
-    add("--epochs", type=at_least(int, 1))
-    add("--lr", type=at_least(float, 0))
-    add("--optim", choices=("Adam", "SGD"))
+    add(
+        "--task",
+        choices=TASK_DEFAULTS,
+        required=True,
+        help="Clean or Robust: a classifier; SSL: the head that compares views",
+    )
+    add("--epochs", type=at_least(int, 1), help=f"default {of_tasks('epochs')}")
+    add("--lr", type=at_least(float, 0), help=f"peak learning rate; default {of_tasks('lr')}")
+    add("--optim", choices=("Adam", "SGD"), help=f"default {of_tasks('optim')}")
     add("--at", choices=STEPS, default="fgsm-rs", help="adversarial training of Robust")
     add("--epsilon", type=at_least(float, 0.001, 255), default=8.0, help="its l_inf radius, /255")
     add("--loss", choices=SIMILARITIES, default="Cosine", help="similarity of views, SSL")

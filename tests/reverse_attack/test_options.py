@@ -24,7 +24,7 @@ CODE = Path(__file__).resolve().parents[2] / "code"
         (attack, "--norm all --epsilon 8"),
         (inference, "--task ssl"),
         (train, "--task SSL --n_views 4 --cached_views 2"),
-        (attack, "--gpu 0 --device cpu"),
+        (attack, "--gpu -2"),
         (train, "--task Clean --arch wrn-29-10"),
         (evaluate, "--protocol slow"),
     ],
@@ -94,7 +94,7 @@ def test_a_flag_overrides_the_preset():
     assert train.parse(["--task=SSL", "--preset=paper"]).n_views == 2
 
 
-@pytest.mark.parametrize(("flags", "device"), [("--gpu -1", "cpu"), ("--device cpu", "cpu")])
+@pytest.mark.parametrize(("flags", "device"), [("--gpu -1", "cpu"), ("--device=cpu", "cpu")])
 def test_gpu_and_device_are_both_accepted(flags, device, tmp_path):
     found = []
     args = attack.parse(flags.split())

@@ -163,6 +163,8 @@ def analyse(run: Run, data: Path | None, workers: int) -> RunAnalysis:
     folder = data or run.data_folder()
     if folder is None:
         raise UserError("the run recorded no data folder: name it with --data")
+    if not folder.is_dir():
+        raise UserError(f"there is no data folder {relpath(folder)}: name it with --data")
     network = run.network
     skipped = checkpoint.skipped_images(run.config) or []
     images = ValidationImages(Path(relpath(folder)), workers, skipped)

@@ -29,14 +29,18 @@ except ImportError:  # Windows
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str, flag: str = "--device") -> torch.device:
-    """The device called `name`: auto, cpu, mps, cuda or cuda:N.
+def choose_device(name: int | str | None, flag: str = "--device") -> torch.device:
+    """The device called `name`: auto, cpu, mps, cuda, cuda:N; the index of a GPU, or -1, the CPU.
 
-    auto is the GPU of this process's local rank, or the CPU, with a message, if there is none.
+    auto, or None, is the GPU of this process's local rank, or the CPU, with a message, if there is
+    none.
 
     Raises:
         UserError: the name is none of these, or this machine has no such device.
     """
+    if isinstance(name, int):
+        name = "cpu" if name == -1 else f"cuda:{name}"
+    name = name or "auto"
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"{flag} {name}: expected auto, cpu, mps, cuda or cuda:N")
     if name == "mps" and not torch.backends.mps.is_available():
