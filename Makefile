@@ -2,9 +2,10 @@
 
 PYTHON  ?= python3
 VENV     = .venv/bin
+INSTALL  = $(VENV)/python -m pip install --disable-pip-version-check
 SAMPLE   = ../data/sample
 DEVICE   = --gpu=-1
-TRAINING = --epochs=16 --lr=0.05 --warmup=1 -b 32
+TRAINING = --epochs=12 --lr=0.05 --warmup=1 -b 32
 
 help:
 	@echo "make demo     install; draw sample data; train, evaluate and attack on it"
@@ -13,12 +14,20 @@ help:
 
 demo: .venv/demo.stamp
 	cd code && ../$(VENV)/python make_sample_data.py $(SAMPLE)
+	@echo
+	@echo "The curves grow while it trains. Type in another terminal, and open http://localhost:6006:"
+	@echo "    $(VENV)/tensorboard --logdir=logs"
+	@echo
 	cd code && ../$(VENV)/python main.py $(SAMPLE) $(DEVICE) $(TRAINING)
 	cd code && ../$(VENV)/python main.py $(SAMPLE) $(DEVICE) --resume=$(BEST) -e -v
 	cd code && ../$(VENV)/python main.py $(SAMPLE) $(DEVICE) --resume=$(BEST) -a -v
 	@echo
-	@echo "For the curves and images, run this command and open http://localhost:6006:"
-	@echo "    $(VENV)/tensorboard --logdir=`ls -td logs/*_exp_* | head -n 1`"
+	@echo "Next: activate the environment, look at curves and images (http://localhost:6006),"
+	@echo "make a report, or train on MiniPlaces:"
+	@echo "    . $(VENV)/activate"
+	@echo "    tensorboard --logdir=`ls -td logs/*_exp_* | head -n 1`"
+	@echo "    cd code && python report.py ../`ls -td logs/*_exp_* | head -n 1` && cd .."
+	@echo "    sh download_dataset.sh && cd code && python main.py ../data --epochs=60"
 
 # The shell expands it when the command runs: the newest run is the one just trained
 BEST = "`ls -td ../logs/*_exp_* | head -n 1`/models/model_best.pth.tar"
@@ -35,11 +44,11 @@ clean:
 # ---- The virtual environment: requirements newer than a stamp are installed again
 
 .venv/demo.stamp: requirements.txt | .venv/made.stamp
-	$(VENV)/python -m pip install -q -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	@touch $@
 
 .venv/test.stamp: requirements.txt requirements-dev.txt | .venv/made.stamp
-	$(VENV)/python -m pip install -q -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@ .venv/demo.stamp
 
 ELSE = use another: make $(MAKECMDGOALS) PYTHON=/path/to/python

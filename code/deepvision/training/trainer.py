@@ -163,6 +163,7 @@ class Trainer:
             print(f"This run has done {progress.epoch} epochs: raise --epochs to train further.")
             return 0
         print(f"Logs and checkpoints: {relpath(self.run_dir)}")
+        print(f"Curves: tensorboard --logdir={relpath(self.run_dir)}")
         with self.logger, self.stop:
             self._log_config()
             while progress.epoch < config.epochs:
