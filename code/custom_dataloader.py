@@ -174,7 +174,8 @@ def _parse(data: bytes) -> tuple[tuple[str, ...], tuple[int, ...]]:
         except UserError as e:
             raise UserError(f"line {number}: {e}") from None
         if line_of.setdefault(image, number) != number:
-            raise UserError(f"line {number}: {image} is listed already, in line {line_of[image]}")
+            text = f"{_shorten(image)} is listed already, in line {line_of[image]}"
+            raise UserError(f"line {number}: {text}")
         labels.append(label)
     return tuple(line_of), tuple(labels)
 

@@ -402,6 +402,7 @@ def test_the_scale_of_gradients_is_restored_or_refused():
         torch.zeros(3),
         {"scale": 1.0},
         {"scale": float("nan"), "_growth_tracker": 0},
+        {"scale": 1.0, "_growth_tracker": 2**31},
     ):
         with pytest.raises(UserError, match="the checkpoint's scaler is invalid"):
             checkpoint.load_scaler(fresh, {"scaler": wrong})

@@ -121,7 +121,7 @@ BAD_LINES = {
     "val/\0.jpg 0": r"line 3: 'val/\x00.jpg' is not a plain path below the image folder",
     "val/\x85.jpg 0": r"line 3: 'val/\x85.jpg' is not a plain path below the image folder",
     "val/a\rb.jpg 0": r"line 3: 'val/a\rb.jpg' is not a plain path below the image folder",
-    "val/a.jpg 1": "line 3: val/a.jpg is listed already, in line 1",
+    "val/a.jpg 1": "line 3: 'val/a.jpg' is listed already, in line 1",
 }
 
 
@@ -131,6 +131,12 @@ def test_a_bad_line_is_named(root, line):
     with pytest.raises(UserError) as error:
         MiniPlacesLoader(root, split="val")
     assert str(error.value) == f"{root / 'val.txt'}, {BAD_LINES[line]}"
+
+
+def test_a_line_separator_in_a_name_does_not_break_the_message(root):
+    (root / "val.txt").write_text("val/\u2028.jpg 0\n" * 2, encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 2: 'val/\\u2028.jpg' is listed already, in line 1"):
+        MiniPlacesLoader(root, split="val")
 
 
 def test_bytes_that_are_no_text(root):

@@ -257,7 +257,7 @@ def load_scaler(scaler: torch.amp.GradScaler, ckpt: dict) -> None:
         return
     with validated("scaler"):
         scale, growth = float(saved["scale"]), int(saved["_growth_tracker"])
-        if not 0 < scale < math.inf:
+        if not (0 < scale < math.inf and 0 <= growth < 2**31):
             raise ValueError
     scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
 
