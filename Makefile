@@ -10,6 +10,7 @@ TRAINING = --epochs=12 --lr=0.05 --warmup=1 -b 32
 help:
 	@echo "make demo     install; draw sample data; train, evaluate and attack on it"
 	@echo "make test     install; check the style; run the tests"
+	@echo "make test-lowest   run the tests with the lowest versions that requirements.txt allows"
 	@echo "make clean    delete what demo and test install and draw; runs in logs/ stay"
 
 demo: .venv/demo.stamp
@@ -35,10 +36,17 @@ BEST = "`ls -td ../logs/*_exp_* | head -n 1`/models/model_best.pth.tar"
 test: .venv/test.stamp
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest $(PARALLEL)
+
+# A module's tests share what they start from: they run in one process, the largest modules first
+PARALLEL = -n auto --maxprocesses 4 --dist loadscope
+
+# The lowest versions that requirements.txt allows, in .venv-lowest
+test-lowest: .venv-lowest/stamp
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(PARALLEL)
 
 clean:
-	rm -rf .venv data/sample submission.zip .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest data/sample submission.zip .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- The virtual environment: requirements newer than a stamp are installed again
@@ -50,6 +58,12 @@ clean:
 .venv/test.stamp: requirements.txt requirements-dev.txt | .venv/made.stamp
 	$(INSTALL) -r requirements-dev.txt
 	@touch $@ .venv/demo.stamp
+
+.venv-lowest/stamp: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-lowest
+	sed 's/>=\(.*\)/==\1.*/' requirements.txt > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install -q -r .venv-lowest/lowest.txt -r requirements-dev.txt
+	@touch $@
 
 ELSE = use another: make $(MAKECMDGOALS) PYTHON=/path/to/python
 
@@ -63,4 +77,4 @@ ELSE = use another: make $(MAKECMDGOALS) PYTHON=/path/to/python
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-lowest clean

@@ -48,7 +48,10 @@ def with_import(*lines: str, wrong: bool = False) -> str:
 
 
 def mishaps(out: Path) -> dict[str, str]:
-    """Submissions by the name of their mishap; `out` is where the marks go."""
+    """Submissions by the name of their mishap, which also orders them: "asleep" waits longest.
+
+    `out` is where the marks go.
+    """
     forged = f"{out}/loops/results.json", f"{out}/tampers/results.json", "results.json"
     return {
         "loops": with_mishap("while True: pass"),
@@ -56,7 +59,7 @@ def mishaps(out: Path) -> dict[str, str]:
         "exits at once": with_mishap("os._exit(0)"),
         "forks": with_mishap("while True:", "    try: os.fork()", "    except OSError: pass"),
         "allocates": with_mishap("self.hoard = [torch.ones(2**25) for _ in iter(int, 1)]"),
-        "sleeps": with_mishap("time.sleep(1e6)"),
+        "asleep": with_mishap("time.sleep(1e6)"),
         "fills the disk": with_mishap(
             "while True:", "    open(str(time.time()), 'wb').write(bytes(2**25))"
         ),
@@ -164,7 +167,7 @@ HARMFUL = [
     "exits at once",
     "forks",
     "allocates",
-    "sleeps",
+    "asleep",
     "fills the disk",
     "kills",
 ]
