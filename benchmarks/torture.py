@@ -1,6 +1,6 @@
 """Kill training runs at random moments, resume them, compare their final states bit by bit.
 
-    python benchmarks/torture.py --kills 50
+    python benchmarks/torture.py --kills 50 --start-method forkserver
 
 Each run is `python main.py ... --resume=auto`. It is stopped one to four times, by SIGKILL (in half
 of the cases while a checkpoint is being written), SIGTERM or SIGINT, and then runs to its end.
@@ -10,6 +10,7 @@ of an uninterrupted run. Writes results/reliability.md; exits with 1 if any run 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -46,14 +47,16 @@ SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
 class Tree:
     """A copy of code/, whose runs are in logs/ in the same folder."""
 
-    def __init__(self, folder: Path, data: Path, flags: list[str]) -> None:
+    def __init__(self, folder: Path, data: Path, flags: list[str], method: str) -> None:
         shutil.copytree(ROOT / "code", folder / "code")
+        start = f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
+        (folder / "sitecustomize.py").write_text(start)  # Python imports it first of all
         self.folder, self.output = folder, folder / "output.txt"
         self.command = [sys.executable, "main.py", str(data), *COMMON, *flags, "--resume=auto"]
 
     def start(self) -> subprocess.Popen:
         """Start or resume the run."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder)}
         with open(self.output, "ab") as out:
             return subprocess.Popen(
                 self.command,
@@ -135,11 +138,13 @@ def differences(tree: Tree, expected: dict[str, object]) -> str:
 class Campaign:
     """Interrupted runs of all variants in turn, and their outcomes.
 
-    signals: how often each signal was sent; different: one line for each run that differs.
+    method: how workers start; signals: how often each signal was sent; different: one line for
+    each run that differs.
     """
 
-    def __init__(self, scratch: Path, seed: int) -> None:
+    def __init__(self, scratch: Path, seed: int, method: str) -> None:
         self.scratch, self.rng, self.start = scratch, random.Random(seed), time.monotonic()
+        self.method = method
         self.signals, self.runs, self.different = Counter(), Counter(), []
         self.uninterrupted = {}  # variant -> (final state, seconds)
         self.data = scratch / "scenes"
@@ -150,13 +155,17 @@ class Campaign:
         """How often SIGKILL was sent."""
         return sum(n for name, n in self.signals.items() if name.startswith("SIGKILL"))
 
+    def tree(self, name: str, variant: str) -> Tree:
+        """A tree for runs of the variant."""
+        return Tree(self.scratch / name, self.data, VARIANTS[variant], self.method)
+
     def run_next(self) -> None:
         """Interrupt one run, let it finish, compare."""
         variant = list(VARIANTS)[self.runs.total() % len(VARIANTS)]
         state, seconds = self.expected(variant)
         for cache in self.data.glob("*.decoded*"):
             cache.unlink()  # so that it is built again, and interrupted meanwhile
-        tree = Tree(self.scratch / f"{self.runs.total()}", self.data, VARIANTS[variant])
+        tree = self.tree(f"{self.runs.total()}", variant)
         signals = interrupt_repeatedly(tree, seconds, self.rng)
         wrong = differences(tree, state)
         self.runs[variant] += 1
@@ -169,7 +178,7 @@ class Campaign:
     def expected(self, variant: str) -> tuple[dict[str, object], float]:
         """The final state and the seconds of an uninterrupted run."""
         if variant not in self.uninterrupted:
-            tree = Tree(self.scratch / f"uninterrupted {variant}", self.data, VARIANTS[variant])
+            tree = self.tree(f"uninterrupted {variant}", variant)
             start = time.monotonic()
             self.uninterrupted[variant] = tree.finish(), time.monotonic() - start
         return self.uninterrupted[variant]
@@ -191,7 +200,8 @@ class Campaign:
             *(f"- DIFFERENT: {line}" for line in self.different),
             f"{origin_line(origin(command))} {time.monotonic() - self.start:.0f} s.",
         ]
-        write_section("reliability.md", "Runs killed and resumed", "\n".join(lines))
+        title = f"Runs killed and resumed, with workers started by {self.method}"
+        write_section("reliability.md", title, "\n".join(lines))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -199,9 +209,13 @@ def main(argv: Sequence[str]) -> int:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="number of kills")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    methods = multiprocessing.get_all_start_methods()
+    parser.add_argument(
+        "--start-method", choices=methods, default=methods[0], help="of loader processes"
+    )
     args = parser.parse_args(argv[1:])
     with tempfile.TemporaryDirectory() as scratch:
-        campaign = Campaign(Path(scratch), args.seed)
+        campaign = Campaign(Path(scratch), args.seed, args.start_method)
         while campaign.kills() < args.kills:
             campaign.run_next()
     campaign.write_results(command_line(argv))
