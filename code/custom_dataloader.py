@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -141,6 +142,8 @@ def read_label_file(path: Path, num_classes: int) -> tuple[list[str], list[int]]
             outside the image folder, or a repetition.
     """
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # reading it would never end
+            raise UserError(f"the label file {path} is a pipe")
         data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError:
         raise UserError(f"there is no label file {path}; {DOWNLOAD} downloads it") from None

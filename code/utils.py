@@ -21,7 +21,7 @@ try:
 except ImportError:
     simplejpeg = None
 
-FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # AVIF: from Pillow 11.3 on
+FORMATS = ("JPEG", "PNG", "WebP", "AVIF", "TIFF", "BMP", "GIF", "PPM")
 DECODER = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg and simplejpeg.__version__}"
 MAX_PIXELS, MAX_RATIO = 2**26, 100
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -191,6 +192,8 @@ def test_what_is_missing_is_said_in_one_line(root, tmp_path):
             MiniPlacesLoader(*args, **kwargs)
         return str(error.value)
 
+    os.mkfifo(tmp_path / "pipe")
+    assert message(root, tmp_path / "pipe") == f"the label file {tmp_path / 'pipe'} is a pipe"
     download = f"sh {relpath(ROOT / 'download_dataset.sh')}"
     draw = f"python {relpath(ROOT / 'code' / 'make_sample_data.py')} draws a small set"
     get = f"{download} downloads MiniPlaces, {draw}"

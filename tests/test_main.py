@@ -326,7 +326,8 @@ def test_a_resume_does_without_what_this_machine_lacks(trained, sample_root, tmp
     assert "--amp=bf16; this run continues without it." in capsys.readouterr().out
     (folder,) = (tmp_path / "logs").iterdir()
     arguments = json.loads((folder / "config.json").read_text())["arguments"]
-    assert (arguments["amp"], arguments["cache"], len(without_clock(folder))) == ("off", "device", 1)
+    assert (arguments["amp"], arguments["cache"]) == ("off", "device")
+    assert len(without_clock(folder)) == 1
 
 
 def test_an_unreadable_image_stops_the_run_by_name(tree, sample_root, tmp_path):
