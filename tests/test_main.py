@@ -271,7 +271,7 @@ BAD = [
     (["--momentum=2"], 2, r"from 0 to 1"),
     (["--gpu=-2"], 2, r"at least -1"),
     (["--gpu=99"], 1, r"--gpu: (PyTorch finds no CUDA GPU here|GPU 99 does not exist)"),
-    (["--gpu=x"], 2, r"invalid int value: 'x'"),
+    (["--gpu=x"], 1, r"--gpu x: expected auto, cpu, mps, cuda or cuda:N"),
     (["--use-mps"], 2, r"--use-mps and --gpu exclude each other"),
     (["--lr=inf"], 2, r"inf is out of range"),
     (["--warmup=inf"], 2, r"inf is out of range"),

@@ -236,6 +236,7 @@ def mixed_batch(prob: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(seed)
     objective = CutMix(lambda logits, target: given.append(target), 9, prob)
     x = x.to(memory_format=torch.channels_last)
+    objective.begin_batch(0)
     objective(lambda x: given.append(x) or x, x, torch.arange(8))
     return given[0], given[1]
 
