@@ -67,7 +67,7 @@ def read_record(name: str) -> dict:
     model = create_model(kind, data.get("classes", 100), shape=shape).eval()
     return {
         "name": name,
-        "network": NETWORK_NAMES[kind] + (f", --recipe={recipe}" if recipe else ""),
+        "network": NETWORK_NAMES[kind] + version(kind, recipe, shape),
         "at": settings.get("at"),
         "data": data.get("folder") or notes["data"],
         "train": data.get("train") or notes["train"],
@@ -85,6 +85,13 @@ def read_record(name: str) -> dict:
         "command": config.get("command") or command_of(settings),
         **evaluated(read_jsonl(run / "evaluations.jsonl") + notes.get("evaluations", [])),
     }
+
+
+def version(kind: str, recipe: str | None, shape: Shape | None) -> str:
+    """What distinguishes a SceneNet from one of the default recipe; empty for other networks."""
+    if recipe:
+        return f", --recipe={recipe}"
+    return ", first version" if kind == "scene_net" and shape is None else ""
 
 
 def evaluated(rows: list[dict]) -> dict:
