@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from side_by_side import TIMES, Variants, Work, make_parser, measure, write
 from torch import Tensor, nn
-from train_step import NETWORKS, course_attention
+from train_step import NETWORKS, course_blocks
 
 from deepvision.attacks import PGD
 from deepvision.runtime.device import configure_backend, prepare_model
@@ -63,7 +63,7 @@ def variants(name: str, args: argparse.Namespace) -> Variants:
     part3 = PGDAttack(nn.CrossEntropyLoss(), args.attack_steps, STEP_SIZE, EPSILON)
     general = PGD(epsilon=EPSILON, steps=args.attack_steps)
     return {
-        "course loop": lambda: course_attack(course_attention(model), x, args.attack_steps),
+        "course loop": lambda: course_attack(course_blocks(model), x, args.attack_steps),
         "ours, Part III": lambda: our_attack(model, x, part3.perturb),
         "ours, attacks.pgd.PGD": lambda: our_attack(model, x, partial(general.perturb, y=y)),
     }

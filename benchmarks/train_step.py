@@ -22,6 +22,7 @@ from side_by_side import TIMES, Variants, Work, make_parser, measure, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from custom_blocks import PatchEmbed
 from custom_dataloader import MiniPlacesLoader
 from custom_transforms import Compose
 from deepvision.data.loader import training_batches
@@ -49,11 +50,19 @@ class ExplicitAttention(Attention):
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, h, w, c))
 
 
-def course_attention(model: nn.Module) -> nn.Module:
-    """`model` itself, with ExplicitAttention in place of Attention."""
+class ConvolvedPatches(PatchEmbed):
+    """Patch embedding as in the course: a convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, H', W', embed_dim)."""
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+def course_blocks(model: nn.Module) -> nn.Module:
+    """`model` itself, with the course's attention and patch embedding in place of ours."""
+    theirs = {Attention: ExplicitAttention, PatchEmbed: ConvolvedPatches}
     for module in model.modules():
-        if isinstance(module, Attention):
-            module.__class__ = ExplicitAttention
+        module.__class__ = theirs.get(type(module), type(module))
     return model
 
 
@@ -67,7 +76,7 @@ def optimizer_and_scheduler(
 
 def course_loop(model: nn.Module, loader: DataLoader, steps: int) -> Work:
     """Training steps as in the course."""
-    optimizer, scheduler = optimizer_and_scheduler(course_attention(model))
+    optimizer, scheduler = optimizer_and_scheduler(course_blocks(model))
     criterion, losses, top1, top5 = nn.CrossEntropyLoss(), *(AverageMeter() for _ in range(3))
 
     def work() -> None:
