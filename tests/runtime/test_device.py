@@ -296,3 +296,10 @@ def test_a_backward_pass_without_mixed_precision_is_refused_in_one_line():
     assert prepare_model(Student(), CPU.device)[0].weight.grad is None
     with pytest.raises(UserError, match=r"^--amp: the network's own backward .*: leave it out$"):
         prepare_model(Student(), CPU.device, "bf16")
+
+
+def test_compiling_for_the_cpu_says_what_it_costs(capsys):
+    prepare_model(nn.Conv2d(3, 4, 3), CPU.device)
+    assert not capsys.readouterr().out
+    prepare_model(nn.Conv2d(3, 4, 3), CPU.device, compiled=True)
+    assert "--compile" in capsys.readouterr().out
