@@ -73,7 +73,7 @@ def train_epoch(
 def step_seed(seed: int, step: int, *rank: int) -> int:
     """The seed of a training step's random numbers, common to all ranks or of one."""
     sequence = np.random.SeedSequence((seed, step), spawn_key=rank)
-    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def evaluate(
