@@ -120,8 +120,8 @@ def test_tensorboard_shows_the_settings_beside_the_best_accuracy(trained):
         for name in ("session_start_info", "experiment")
     )
     values = start.session_start_info.hparams
-    assert values["lr"].number_value == 0.02 and values["network"].string_value == "torch_conv"
-    assert values["at"].string_value == "off"
+    assert values["lr"].number_value == 0.02 and values["network"].string_value == "SimpleNet"
+    assert len(values) <= 4  # with more, the accuracy is not visible at 1280 pixels
     (metric,) = experiment.experiment.metric_infos
     assert scalars(folder, metric.name.tag)
 

@@ -404,6 +404,7 @@ def attack_explorer(a: RunAnalysis) -> Section | None:
     caption = (
         f"Images that {a.run.label} classifies correctly: {fell} that PGD with ε = {epsilon} and "
         f"{steps} steps changes, {held} that hold. ε in 8-bit intensity levels (l_inf). The "
-        "network sees the attacked image rounded to 8 bits, as shown."
+        "network sees the attacked image rounded to 8 bits, as shown. The page explores the first "
+        "run that report.py is given."
     )
     return Section(f"Explore attacks: {a.run.label}", [Explorer(data, caption)])

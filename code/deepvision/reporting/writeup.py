@@ -24,7 +24,6 @@ from deepvision.reporting.student_text import (
     was_edited,
 )
 from deepvision.runtime.atomic import write_atomically
-from deepvision.runtime.run_logger import HYPERPARAMETERS
 from utils import UserError, relpath
 
 NAME = "writeup"
@@ -59,6 +58,7 @@ class Part:
     title: str
     fill: Callable[[Inputs], list[Block]]
     asks: str
+    bonus: bool = False
 
 
 def missing(what: str, command: str) -> Text:
@@ -76,19 +76,14 @@ def training(
     runs = inputs.of(*archs)
     if not runs:
         return [missing(f"No run of {name}.", f"python main.py ../data {flags}")]
-    blocks = [table_of(runs, {key: RESULTS[key] for key in (*ACCURACY, *SIZE)}), *settings(runs)]
+    blocks = [table_of(runs, {key: RESULTS[key] for key in (*ACCURACY, *SIZE)})]
+    blocks += sections.settings(runs)
     blocks.append(curves(inputs, runs, archs[0]))
     for run in runs:
         if run.evaluation("mirrored_top1") is None:
             command = f"python main.py ../data --resume=../logs/{run.folder.name} -e -v"
             blocks.append(missing(f"No evaluation of {run.label}.", command))
     return blocks
-
-
-def settings(runs: Sequence[Run]) -> list[Block]:
-    """The hyperparameters of the runs; [] if none recorded any."""
-    rows = {key: lambda run, key=key: sections.known(run.setting(key)) for key in HYPERPARAMETERS}
-    return [table_of(runs, rows)] if any(run.config for run in runs) else []
 
 
 def curves(inputs: Inputs, runs: Sequence[Run], name: str) -> Figure:
@@ -169,7 +164,7 @@ def adversarial_training(inputs: Inputs) -> list[Block]:
     archs = {run.arch for run in runs}
     compared = [*inputs.of(*archs), *runs]
     table = table_of(compared, {key: RESULTS[key] for key in ROBUST})
-    return [table, *settings(runs), curves(inputs, compared, "adversarial_training")]
+    return [table, *sections.settings(runs), curves(inputs, compared, "adversarial_training")]
 
 
 def on_paper(blocks: Sequence[Block]) -> list[Block]:
@@ -193,7 +188,12 @@ PARTS = (
         attack,
         "whether you see the difference; what more iterations and a smaller ε do",
     ),
-    Part("Adversarial training (bonus)", adversarial_training, "the scheme, its gain, its cost"),
+    Part(
+        "Adversarial training (bonus)",
+        adversarial_training,
+        "the scheme, its gain, its cost",
+        bonus=True,
+    ),
 )
 
 
@@ -274,12 +274,19 @@ def as_pdf(
     for block in warning:
         pages.add(block)
     for part, blocks in parts:
+        if part.bonus and not texts.get(part.title) and all_missing(blocks):
+            continue  # the handout does not ask for it
         pages.heading(part.title, blocks[0] if blocks else None)
         for block in blocks:
             pages.add(block)
         for block in text_blocks(texts.get(part.title, ""), folder):
             pages.add(block)
     return bytes(pages.output())
+
+
+def all_missing(blocks: Sequence[Block]) -> bool:
+    """Whether no run folder fills any of these blocks."""
+    return all(isinstance(block, Text) and block.style == "missing" for block in blocks)
 
 
 def text_blocks(text: str, folder: Path) -> list[Block]:

@@ -377,7 +377,8 @@ class Trainer:
             "history": [*history, entry],
         }
         values = {name: getattr(config, name) for name in HYPERPARAMETERS}
-        hparams = {"network": self.kind, "at": config.at or "off", **values}
+        network = NETWORK_NAMES[self.kind] + (f" + {config.at}" if config.at else "")
+        hparams = {"network": network, **values}
         self.logger.log_config(record, hparams)
 
     # ---- shutdown
