@@ -57,7 +57,7 @@ def markdown(result: dict) -> str:
         "",
         "| | goal | measured |",
         "|---|---:|---:|",
-        *(f"| {what} | {goal} | {value} |" for what, goal, value in summary(result)),
+        *(f"| {what} | {goal} | {marked(goal, value)} |" for what, goal, value in summary(result)),
         "",
         "## A training step of SimpleNet",
         "",
@@ -84,6 +84,11 @@ def markdown(result: dict) -> str:
         *layer_rows(result["layers"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def marked(goal: str, value: str) -> str:
+    """The value, marked where it misses the goal: `≤ number`."""
+    return value if float(value) <= float(goal.split()[1]) else f"**{value}, missed**"
 
 
 def training_rows(training: dict[str, dict]) -> list[str]:

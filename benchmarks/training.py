@@ -1,6 +1,6 @@
 """Summarise training runs from their records.
 
-    python benchmarks/training.py logs/RUN [logs/RUN ...]
+    python benchmarks/training.py [logs/RUN ...]        # without a run: the table again
 
 Reads config.json, metrics.jsonl and evaluations.jsonl of each run folder. Writes
 results/training.{json,md}: one row per run, with command, commit, device and date; rows of other
@@ -17,6 +17,7 @@ from pathlib import Path
 from results_file import RESULTS
 
 from deepvision.config import OneLineParser
+from deepvision.models.registry import NETWORK_NAMES
 from deepvision.runtime.jsonl import read_json, read_jsonl, read_metrics
 from deepvision.runtime.run_dir import kind_and_start
 
@@ -64,20 +65,27 @@ def summary(run: Path) -> dict:
     }
 
 
+def data_set(row: dict) -> str:
+    """The folder of the run's data: the first argument of its command."""
+    return Path(row["command"].split()[2]).name
+
+
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
-    lines = [f"| run | epochs | {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (1 + len(COLUMNS))]
+    lines = [f"| run | data set | epochs | {' | '.join(COLUMNS)} |"]
+    lines.append("|---|---|" + "---:|" * (1 + len(COLUMNS)))
     for i, row in enumerate(rows, 1):
         values = (row.get(column) for column in COLUMNS.values())
         cells = ("" if value is None else f"{value:.1f}" for value in values)
-        lines.append(f"| {i}. {row['kind']} | {row['epochs']} | {' | '.join(cells)} |")
+        name, data = NETWORK_NAMES[row["kind"]], data_set(row)
+        lines.append(f"| {i}. {name} | {data} | {row['epochs']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str]) -> None:
     """Add the runs to the record and write both files."""
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("runs", nargs="*", type=Path, help="run folders to add")
     args = parser.parse_args(argv[1:])
     by_run = {row["run"]: row for row in json.loads(RECORD.read_text())} if RECORD.exists() else {}
     by_run |= {run.name: summary(run) for run in args.runs}
@@ -88,7 +96,12 @@ def main(argv: Sequence[str]) -> None:
         for i, r in enumerate(rows, 1)
     ]
     note = (
-        "Accuracies in per cent; robust: under PGD-10 after the last epoch of adversarial training."
+        "Accuracies in per cent; robust: under PGD-10 after the last epoch of adversarial "
+        "training. Runs of the same command are at different commits, with other random numbers, "
+        "so their accuracies differ. Images per second depend on the machine's other work.\n\n"
+        "miniplaces10: ten categories of MiniPlaces, 9,000 training and 500 validation images; "
+        "miniplaces100: all hundred, with 10,000 training and 5,000 validation images. "
+        "Both have MiniPlaces' layout."
     )
     text = f"# Training runs\n\n{note}\n\n{table(rows)}\n\n" + "\n".join(sources)
     RECORD.with_suffix(".md").write_text(text + "\n")
