@@ -81,7 +81,7 @@ def test_the_passes_left_are_those_of_images_that_no_attack_changes(data):
         return torch.eye(6)[y[: len(v)]] + 0 * v.flatten(1)[:, :6]
 
     seen = []
-    attack = suite(batch_size=64)
+    attack = replace(suite(), batch_size=64)
     found = attack.run(stubborn, x, y, on_progress=lambda p, _: seen.append(asdict(p)))
     assert found.robust == 64 and found.passes_left == 0
     for early, late in zip(seen, seen[1:], strict=False):
