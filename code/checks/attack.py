@@ -42,6 +42,8 @@ ACCUMULATED = "gradients add up over the steps: take each step's alone (torch.au
 NO_SIGN = "the gradient's sign is not taken"
 NOT_NORMALISED = "pixels are clamped to [0, 1], but the input is normalised"
 NO_PROJECTION = "the ball's projection is missing: keep x_adv within epsilon of the input"
+LATE_PROJECTION = "the ball's projection comes after the last step alone: project after each"
+SCALED = "step_size and epsilon are divided by 255: they are in units of the normalised input"
 ONE_STEP = "only one step is taken: is `return` inside the loop?"
 NOTHING_MOVED = "nothing moved: is the perturbed tensor returned?"
 NETWORK_CHANGED = "an attack changes the image, never the network"
@@ -200,6 +202,7 @@ WRONG_ATTACKS: Mapping[str, dict[str, Any]] = {
     NO_PROJECTION: {"project": False},
     NOT_NORMALISED: {"clamp": (0.0, 1.0)},
     PIXEL_UNITS: {"scale": 1 / STD},
+    SCALED: {"scale": 1 / 255},
     CLEAN_GRADIENT: {"at_clean": True},
     ACCUMULATED: {"accumulate": True},
 }
@@ -413,6 +416,7 @@ def judge_step_size(attack: Attack, start: Tensor, found: Tensor) -> None:
         f"{NO_SIGN}: l_inf steps are step_size × sign(gradient)": lambda: gradient_step,
         "a step has the size of epsilon, not of step_size": lambda: right * 10,
         PIXEL_UNITS: lambda: right / STD,
+        SCALED: lambda: right / 255,
     }
     hint = likely_mistake(found, attack)
     compare("the distance that a step moves each pixel", moved, right, hints, hint=hint, tol=1e-2)
@@ -431,6 +435,9 @@ def judge_iterates(inputs: list[Attack], findings: Findings) -> None:
     if any(same(found, pgd(attack, again=a, clamp=c)) for a in (False, True) for c in clamps):
         return
     path = [x for x in one["iterates"] if x.shape == found.shape] + [found]
+    leaves = any((x - attack.x).abs().max() > 1.01 * attack.eps for x in path[1:-1])
+    if leaves and (found - attack.x).abs().max() <= 1.01 * attack.eps:
+        raise CheckFailed("iterates leave the ball, though the result does not", LATE_PROJECTION)
     steps = zip(path, path[1:], strict=False)
     right = sum(follows(attack, path[0], x, after) for x, after in steps)
     if right < attack.steps - 1:

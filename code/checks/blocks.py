@@ -30,7 +30,7 @@ from checks.grading import (
 
 DIM, HEADS, HIDDEN = 12, 3, 48
 WINDOW = 3
-COPIES = 64  # of the tokens, each with its draw of stochastic depth
+COPIES, BATCHES = 64, 16  # of the tokens, with draws of stochastic depth
 TOL = 5e-3  # also of GELU's tanh approximation
 PADDING = "the padding is not removed: give window_unpartition the height and width before padding"
 NO_ATTENTION = "no token sees another one: does Attention do anything yet?"
@@ -135,7 +135,7 @@ class Sample(NamedTuple):
     """Tokens x (B, H, W, DIM) and weights large enough that the branches show."""
 
     x: Tensor
-    norm: tuple[Tensor, Tensor]  # of both LayerNorms
+    norms: tuple[tuple[Tensor, Tensor], ...]  # of both LayerNorms
     linears: tuple[tuple[Tensor, Tensor], ...]  # of the MLP
     attention: dict[str, Tensor]
 
@@ -151,7 +151,7 @@ def sample(seed: int) -> Sample:
     shapes |= {"proj.weight": (DIM, DIM), "proj.bias": (DIM,)}
     return Sample(
         2.5 * draw(2, 4, 5, DIM),
-        (1 + draw(DIM), draw(DIM)),
+        ((1 + draw(DIM), draw(DIM)), (1 + draw(DIM), draw(DIM))),
         ((draw(HIDDEN, DIM), draw(HIDDEN)), (draw(DIM, HIDDEN), draw(DIM))),
         {name: draw(*shape) for name, shape in shapes.items()},
     )
@@ -178,9 +178,7 @@ def build(code: ModuleType, one: Sample, **kwargs) -> tuple[nn.Module, nn.Module
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.4)
         return block, None
-    for module, (weight, bias) in zip(
-        (*norms, *linears), (one.norm, one.norm, *one.linears), strict=True
-    ):
+    for module, (weight, bias) in zip((*norms, *linears), (*one.norms, *one.linears), strict=True):
         module.weight.copy_(weight)
         module.bias.copy_(bias)
     attention.load_state_dict(one.attention, strict=False)
@@ -197,7 +195,7 @@ def probe_block(code: ModuleType, one: Sample) -> Findings:
         y = block(one.x)
         found = {"y": y, "calls": list(calls), "again": block(one.x)}
         block.train()
-        found["trained"] = attempt(block, one.x[:1].expand(COPIES, -1, -1, -1).contiguous())
+        found["trained"] = attempt(repeated, block, one.x[:1])
     found["seen"] = receptive_field(block.eval(), one.x)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -227,15 +225,18 @@ def judge_block(one: Sample, findings: Findings) -> None:
 
 def judge_branches(one: Sample, y: object, given: object, out: object) -> None:
     """The output, from what Attention gave: x + attention, then + MLP, each of a LayerNorm."""
-    hints = {"norm1 is not used: attention gets the tokens themselves": lambda: one.x}
-    compare("what a block gives to Attention", given, norm(one.x, one), hints, tol=TOL)
+    hints = {
+        "norm1 is not used: attention gets the tokens themselves": lambda: one.x,
+        "norm2 is used in place of norm1": lambda: norm(one.x, one, 2),
+    }
+    compare("what a block gives to Attention", given, norm(one.x, one, 1), hints, tol=TOL)
     expect(isinstance(out, Tensor) and out.shape == one.x.shape, "Attention changes the shape")
     compare("the output of a block", y, branches(one, out), branch_mistakes(one, out), tol=TOL)
 
 
-def norm(x: Tensor, one: Sample) -> Tensor:
-    """LayerNorm over the channels."""
-    return F.layer_norm(x, (DIM,), *one.norm)
+def norm(x: Tensor, one: Sample, which: int) -> Tensor:
+    """LayerNorm over the channels: norm1 or norm2."""
+    return F.layer_norm(x, (DIM,), *one.norms[which - 1])
 
 
 def mlp(x: Tensor, one: Sample) -> Tensor:
@@ -248,8 +249,8 @@ def branches(one: Sample, out: Tensor, **wrong: Any) -> Tensor:
     """x1 = x + out, then x1 + MLP(norm(x1)); `wrong` replaces a term."""
     x1 = wrong.get("shortcut", one.x) + out
     if "post_norm" in wrong:
-        return norm(x1 + mlp(x1, one), one)
-    branch = mlp(x1 if "no_norm" in wrong else norm(x1, one), one)
+        return norm(x1 + mlp(x1, one), one, 2)
+    branch = mlp(x1 if "no_norm" in wrong else norm(x1, one, wrong.get("norm", 2)), one)
     return wrong.get("shortcut2", x1) + branch
 
 
@@ -264,13 +265,14 @@ def branch_mistakes(one: Sample, out: Tensor) -> Mistakes:
         missing + " ": lambda: branches(one, out, shortcut2=zero),
         missing + "  ": lambda: branches(one, out, shortcut=zero, shortcut2=zero),
         "a shortcut starts behind norm1: it starts before": (
-            lambda: branches(one, out, shortcut=norm(x, one))
+            lambda: branches(one, out, shortcut=norm(x, one, 1))
         ),
         "a shortcut starts behind norm2: it starts before": (
-            lambda: branches(one, out, shortcut2=norm(x + out, one))
+            lambda: branches(one, out, shortcut2=norm(x + out, one, 2))
         ),
         "the tokens are added twice": lambda: branches(one, out, shortcut2=2 * x + out),
         "the tokens are added twice ": lambda: branches(one, out, shortcut2=2 * (x + out)),
+        "norm1 is used in place of norm2": lambda: branches(one, out, norm=1),
         "norm2 is not used": lambda: branches(one, out, no_norm=True),
         "the norms come after the branches: they come before (pre-norm)": (
             lambda: branches(one, out, post_norm=True)
@@ -278,9 +280,15 @@ def branch_mistakes(one: Sample, out: Tensor) -> Mistakes:
         "the MLP is not used": lambda: x + out,
         "attention is computed, but its output is not used": lambda: branches(one, zero),
         "attention's output is not used: the branch adds norm1's": (
-            lambda: branches(one, norm(x, one))
+            lambda: branches(one, norm(x, one, 1))
         ),
     }
+
+
+def repeated(net: nn.Module, x: Tensor) -> Tensor:
+    """Outputs for copies of x, in batches: stochastic depth may draw once for a whole batch."""
+    copies = x.expand(COPIES // BATCHES, *[-1] * (x.dim() - 1)).contiguous()
+    return torch.cat([net(copies) for _ in range(BATCHES)])
 
 
 def judge_drop_path(trained: Tensor) -> None:

@@ -33,6 +33,7 @@ NAMES = ("input_feats", "weight", "bias")
 TOL = 1e-8  # of float64
 INVALID = re.compile(r"index (\d) - got \[([\d, ]*)\] but expected shape compatible with \[(.*)\]")
 
+NO_STRIDE = "the stride is ignored: window (i, j) starts at pixel (i * stride, j * stride)"
 NO_BIAS = "bias is None in a layer without one (bias=False): add it only if it is not None"
 SQUARE = (
     "right where the output is square: is a side taken as the square root of the number of "
@@ -206,6 +207,10 @@ def forward_mistakes(one: Sample, right: Tensor) -> Mistakes:
             lambda: right.reshape(right.mT.shape).mT
         ),
         "the padding is ignored": lambda: F.conv2d(x, w, b, S, 0),
+        "the bias is added more than once": lambda: right + b[:, None, None],
+        "the bias is added more than once: at each position of the kernel": (
+            lambda: right + (K * K - 1) * b[:, None, None]
+        ),
         "the stride is ignored": lambda: F.conv2d(x, w, b, 1, P),
     }
 
@@ -233,10 +238,11 @@ def forward_backward(code: ModuleType, one: Sample) -> dict[str, Any]:
     """The output, and the gradients of those of x, w and b that are there."""
     leaves = one.leaves()
     tensors = [t for t in leaves if t is not None]
-    y = find(code, "custom_conv2d")(*leaves, one.case.S, one.case.P)
+    y = forward(code, one.case, *leaves)
     expect(y.shape == one.g.shape, f"the output ({one.case}) has shape {tuple(y.shape)}")
     expect(y.dtype == one.g.dtype, f"the output of {one.g.dtype} tensors is {y.dtype}", DTYPE)
-    return {"y": y, "grads": torch.autograd.grad(y, tensors, one.g)}
+    with Refuse():
+        return {"y": y, "grads": torch.autograd.grad(y, tensors, one.g)}
 
 
 def judge_without_bias(inputs: Sequence[Sample], findings: Findings) -> None:
@@ -357,6 +363,7 @@ def shaped(one: Sample, finding: object, what: str) -> object:
         (0, padded): "padding not removed: cut `padding` rows and columns from each side",
         (1, (case.C_i, case.C_o, case.K, case.K)): "channels in and out are swapped",
         (2, tuple(one.g.shape[1:])): "the sum over positions is missing",
+        (0, (case.N, case.C_i, 0, 0)): "[p:-p] is empty for padding 0: cut p:p+H and p:p+W",
     }
     raise CheckFailed(
         f"the gradient of {NAMES[at]} ({case}) has shape {shapes[0]}, expected {shapes[1]}",
@@ -382,6 +389,11 @@ def input_mistakes(one: Sample, expected: Tensor) -> Mistakes:
             dx[..., i * S : i * S + case.K, j * S : j * S + case.K] = patches[..., i, j]
         return dx[..., P : P + H, P : P + W]
 
+    def unstrided() -> Tensor:
+        dx, covered = x.new_zeros(case.N, case.C_i, *padded), [n + case.K - 1 for n in g.shape[2:]]
+        dx[..., : covered[0], : covered[1]] = F.fold(columns, covered, case.K)
+        return dx[..., P : P + H, P : P + W]
+
     def averaged() -> Tensor:
         times = F.fold(torch.ones_like(columns), (H, W), case.K, padding=P, stride=S)
         return expected / times.clamp(min=1)
@@ -393,7 +405,9 @@ def input_mistakes(one: Sample, expected: Tensor) -> Mistakes:
         "the kernel is turned by 180° once too often, or once too seldom": turned,
         "where windows overlap the last one wins: add them up (col2im, F.fold)": overwritten,
         "where windows overlap they are averaged: add them up": averaged,
+        NO_STRIDE: unstrided,
         "it is the mean over the batch's size": lambda: expected / case.N,
+        "it is counted twice": lambda: 2 * expected,
         "it is zero": lambda: torch.zeros_like(expected),
     }
 
@@ -404,6 +418,11 @@ def weight_mistakes(one: Sample, expected: Tensor) -> Mistakes:
     def of_images(chosen: slice) -> Tensor:
         return one._replace(x=one.x[chosen], g=one.g[chosen]).gradient(1)
 
+    def unstrided() -> Tensor:
+        K, P, (H_o, W_o) = one.case.K, one.case.P, one.g.shape[2:]
+        windows = F.pad(one.x, (P,) * 4).unfold(2, K, 1).unfold(3, K, 1)[:, :, :H_o, :W_o]
+        return torch.einsum("nohw,nchwuv->ocuv", one.g, windows)
+
     missing = "the sum over the batch is missing: this is the gradient of the {} image alone"
     return {
         missing.format("last"): lambda: of_images(slice(-1, None)),
@@ -412,6 +431,8 @@ def weight_mistakes(one: Sample, expected: Tensor) -> Mistakes:
         "it is a mean over positions: the gradient is the sum": (
             lambda: expected / one.g.shape[2:].numel()
         ),
+        "it is counted twice": lambda: 2 * expected,
+        NO_STRIDE: unstrided,
         "the kernel's gradient is turned by 180°": lambda: expected.flip(2, 3),
         "rows and columns of the kernel are swapped": lambda: expected.transpose(2, 3),
         "columns are (C_i, K, K) in unfold: the gradient is reshaped in another order": (
@@ -431,6 +452,7 @@ def bias_mistakes(one: Sample, expected: Tensor) -> Mistakes:
         "it is a mean over the batch: the gradient is the sum": lambda: expected / len(g),
         "it is a mean over batch and positions: sum them": lambda: g.mean((0, 2, 3)),
         "it is a mean over positions: sum them": lambda: g.mean((2, 3)).sum(0),
+        "it is counted twice": lambda: 2 * expected,
         "it is summed over the channels too": lambda: g.sum().expand_as(expected),
         "it is zero": lambda: torch.zeros_like(expected),
     }
@@ -458,8 +480,9 @@ def probe_module(code: ModuleType, one: Sample) -> Findings:
 
     def step() -> dict[str, Any]:
         layer.load_state_dict({"weight": one.w, "bias": one.b})
-        y = layer(one.x)
-        y.square().sum().backward()
+        with Refuse():
+            y = layer(one.x)
+            y.square().sum().backward()
         return {"y": y, "grads": {name: p.grad for name, p in layer.named_parameters()}}
 
     def rectified() -> Tensor:
@@ -522,12 +545,19 @@ def both_networks(code: ModuleType, x: Tensor) -> Findings:
         F.cross_entropy(y, torch.tensor([0, 3])).backward()
     return {
         "replaced": len(replaced),
-        "kept": sum(m.groups == 1 and set(m.dilation) == {1} for m in kept),
+        "kept": sum(map(replaceable, kept)),
         "used": sum(any(p.grad is not None for p in m.parameters()) for m in replaced),
         "torchs": watch.forbidden if not kept else "",
         "logits": logits,
         "grads": [{n: p.grad for n, p in net.named_parameters()} for net in (custom, plain)],
     }
+
+
+def replaceable(layer: nn.Conv2d) -> bool:
+    """Whether CustomConv2d can do it: square kernels, one stride, one padding, no groups."""
+    sizes = (layer.kernel_size, layer.stride, layer.padding)
+    equal = all(isinstance(size, str) or len(set(size)) == 1 for size in sizes)
+    return equal and layer.groups == 1 and set(layer.dilation) == {1}
 
 
 def judge_network(x: Tensor, findings: Findings) -> None:

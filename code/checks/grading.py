@@ -350,6 +350,13 @@ def compare(
     if not wrong.any():
         return
     hint = explain(found, mistakes or {}, tol) or hint
+    if (
+        fits
+        and not hint
+        and found.dtype != expected.dtype
+        and not differs(found, expected, 1e-4).any()
+    ):
+        hint = DTYPE
     expect(fits, f"{what}: shape {size(found)}, expected {size(expected)}", hint)
     first = tuple(wrong.nonzero()[0].tolist())
     raise CheckFailed(

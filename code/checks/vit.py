@@ -102,23 +102,27 @@ def other_settings(code: ModuleType, x: Tensor) -> Findings:
     if {"depth", "window_size", "window_block_indexes"} <= set(names):
         for indexes in WINDOWED:
             net = model(
-                num_classes=CLASSES, depth=DEPTH, window_size=4, window_block_indexes=indexes
+                num_classes=CLASSES, depth=DEPTH, window_size=2, window_block_indexes=indexes
             )
             found[str(indexes)] = sequences(net.eval(), x[:1])
     if {"depth", "drop_path_rate"} <= set(names):
         net = model(num_classes=CLASSES, depth=DEPTH, drop_path_rate=0.9).train()
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))  # a layer may start at zero
-        found["dropped"] = net(x[:1].expand(16, -1, -1, -1).contiguous())
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()  # it is no stochastic depth
+        found["dropped"] = torch.cat([net(x[:1]) for _ in range(16)])
     return found
 
 
 def sequences(net: nn.Module, image: Tensor) -> list[int]:
-    """The length of the batch axis at each call of a Linear named qkv: windows count."""
+    """The length of the batch axis at each call of a module that holds a qkv: windows count."""
     lengths: list[int] = []
-    for name, module in net.named_modules():
-        if name.endswith("qkv"):
-            module.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
+    for module in net.modules():
+        block = any(isinstance(child, nn.LayerNorm) for child in module.children())
+        if hasattr(module, "qkv") and not block:
+            module.register_forward_pre_hook(lambda _, inputs: lengths.extend(map(len, inputs[:1])))
     net(image)
     return lengths
 
@@ -127,6 +131,9 @@ def judge_receptive_field(x: Tensor, findings: Findings) -> None:
     """Every region of the image counts; windows are where they were asked for; drop path acts."""
     gradient = findings["gradient"]
     expect(isinstance(gradient, Tensor), "the logits do not depend on the image")
+    colours = gradient.abs().sum((0, 2, 3))
+    problem = f"the logits depend on {int((colours > 0).sum())} of the image's 3 channels"
+    expect(bool((colours > 0).all()), problem, "give all channels to the patch embedding")
     seen = F.avg_pool2d(gradient.abs().double(), REGION).sum((0, 1))  # (8, 8)
     blind = ~(seen > 1e-7 * seen.max())
     if blind.any():
@@ -215,15 +222,21 @@ def judge_learning(x: Tensor, findings: Findings) -> None:
         expect_logits(logits, len(x))
     losses = [loss_of(logits) for logits in findings["logits"]]
     listed = ", ".join(f"{loss:.3f}" for loss in losses)
-    alike = findings["logits"][-1].std(0).max().item() < 1e-3
     expect(
         losses[-1] < 0.5 * losses[0],
         f"trained on {len(x)} images, the loss after every {STEPS} steps is {listed}: found "
         f"{losses[-1]:.3f}, expected below {losses[0] / 2:.3f}",
-        "all images get the same logits: what distinguishes them is lost on the way"
-        if alike
-        else "",
+        learning_hint(findings["logits"][-1]),
     )
+
+
+def learning_hint(logits: Tensor) -> str:
+    """Why the loss does not fall."""
+    if logits.std(0).max().item() < 1e-3:
+        return "all images get the same logits: what distinguishes them is lost on the way"
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(len(logits)), atol=1e-4):
+        return "the network ends in a softmax: the loss takes logits"
+    return ""
 
 
 # ---- Checkpoint ------------------------------------------------------------------------------

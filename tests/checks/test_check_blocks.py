@@ -34,6 +34,8 @@ class CustomConv2DFunction""", "transpose rows and windows first"),
      "attention is lost"),
     ("residual branches", MLP_BRANCH, "return x", "the MLP is not used"),
     ("residual branches", "self.mlp(self.norm2(x))", "self.mlp(x)", "norm2 is not used"),
+    ("residual branches", "self.mlp(self.norm2(x))", "self.mlp(self.norm1(x))",
+     "norm1 is used in place of norm2"),
     ("residual branches", "shortcut, x = x, self.norm1(x)", "shortcut, x = x, x",
      "norm1 is not used"),
     ("residual branches", "shortcut, x = x, self.norm1(x)", "shortcut = x = self.norm1(x)",
@@ -75,6 +77,13 @@ def test_attention_that_does_nothing_yet_gets_nothing():
 def test_unmasked_padding_is_a_remark():
     assert "pad a window act as keys" in grade(module(STUDENTS), "attention within").remarks[0]
     assert grade(module(OURS), "attention within").remarks == ()
+
+
+def test_stochastic_depth_may_draw_once_for_a_whole_batch():
+    """Huang et al., 2016, drop a branch for the mini-batch."""
+    dropping = "from torchvision.ops import StochasticDepth\n"
+    edit = ("DropPath(drop_path) if", 'StochasticDepth(drop_path, "batch") if')
+    assert grade(module(dropping + STUDENTS, edit), "residual branches").problem == ""
 
 
 EDITION_2022 = "from custom_blocks import TransformerBlock\n"

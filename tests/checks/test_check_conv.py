@@ -32,6 +32,9 @@ LARGE_SIZES = "size = [int((out.shape[-1]) ** 0.5)] * 2"
 
 CONV = [
     ("forward", "out = out + bias[:, None]", "pass", "bias is not added"),
+    ("forward", "out + bias[:, None]", "out + 2 * bias[:, None]", "added more than once"),
+    ("forward", "return F.fold(out, sides, 1)", "return F.fold(out, sides, 1).float()",
+     "fixed dtype"),
     ("forward", OUT, "out = weight.flip(2, 3).flatten(1) @ columns", "turned by 180°"),
     ("forward", OUT, "out = weight.mT.flatten(1) @ columns", "rows and columns of the kernel"),
     ("forward", OUT, "out = weight.permute(0, 2, 3, 1).flatten(1) @ columns",
@@ -62,6 +65,10 @@ CONV = [
     ("gradient of the weight", GRAD_WEIGHT, f"{GRAD_WEIGHT}.flip(2, 3)", "turned by 180°"),
     ("gradient of the weight", GRAD_WEIGHT, GRAD_WEIGHT.replace("view_as(weight)", "sum(0)"),
      "shape ("),
+    ("gradient of the weight", GRAD_WEIGHT, f"2 * {GRAD_WEIGHT}", "counted twice"),
+    ("gradient of the input", GRAD_INPUT, "return 2 * grad_input, grad_weight", "counted twice"),
+    ("gradient of the input", GRAD_INPUT, "return grad_input[..., -0:0, -0:0], grad_weight",
+     "is empty for padding 0"),
     ("gradient of the bias", GRAD_BIAS, "grad[-1].sum(1) if bias", "sum over the batch is missing"),
     ("gradient of the bias", GRAD_BIAS, "grad.mean((0, 2)) if bias",
      "mean over batch and positions"),
@@ -87,6 +94,9 @@ CONV = [
      "bias is None in a layer without one"),
     ("without a bias", "torch.zeros(out_channels)) if bias", "torch.zeros(out_channels)) if True",
      "has parameters"),
+    ("CustomConv2d", "return custom_conv2d(x,", "return F.conv2d(x,", "convolution is called"),
+    ("without a bias", OUTPUT, "return F.conv2d(input_feats, weight, bias, stride, padding)",
+     "convolution is called"),
     ("the CNN", "conv_op(16, 24", "nn.Conv2d(16, 24", "1 of 2 convolutions are nn.Conv2d"),
     ("the CNN", "x = self.body(x)", "x = self.body(x + F.conv2d(x, torch.ones(3, 3, 1, 1).to(x)))",
      "forward calls"),
@@ -166,12 +176,20 @@ class Deep(nn.Module):
 
 default_cnn_model = Deep
 """
+OBLONG = (
+    "conv_op(16, 24",
+    "nn.Conv2d(16, 16, (1, 3), padding=(0, 1)),\n            conv_op(16, 24",
+)
 FLOAT32 = ("x = self.body(x)", "x = self.body(x.float())")
 
 
 def test_a_deep_network_on_a_right_convolution_gets_all_points():
     """In float32 its gradients differ by 1 %; CustomConv2d knows no groups."""
     assert grade(module(STUDENTS + DEEP), "the CNN").problem == ""
+
+
+def test_convolutions_that_customconv2d_cannot_do_stay_torchs():
+    assert grade(module(STUDENTS, OBLONG), "the CNN").problem == ""
 
 
 def test_a_network_that_works_in_float32_alone_gets_all_points():
