@@ -300,9 +300,9 @@ def judge_ball(inputs: list[Attack], findings: Findings) -> list[str]:
 
 
 def direction_attacks(seed: int) -> list[Attack]:
-    """The default settings; and steps large enough for the least likely label to change."""
+    """Steps that cross the ball from any start; steps large enough for the label to change."""
     x, y = images(24, seed=10 * seed + 2)
-    return [Attack(x, y), Attack(x, y, steps=8, size=0.05, eps=0.4)]
+    return [Attack(x, y, steps=20), Attack(x, y, steps=8, size=0.05, eps=0.4)]
 
 
 def judge_direction(inputs: list[Attack], findings: Findings) -> list[str]:
@@ -405,10 +405,12 @@ def judge_steps(inputs: list[Attack], findings: Findings) -> list[str]:
 
 
 def judge_step_size(attack: Attack, start: Tensor, found: Tensor) -> None:
-    """Of one step, whatever its direction; the projection shortens a few."""
+    """Of one step, whatever its direction; the projection shortens it at the ball's edge."""
     gradient_step = (pgd(attack, step=lambda gradient: gradient) - attack.x).abs()
     moved, right = (found - start).abs(), torch.full_like(found, attack.size)
-    if same(moved, right, 0.85):
+    at_edge = (found - attack.x).abs() > 0.999 * attack.eps
+    shortened = torch.where(at_edge, moved.clamp(max=attack.size), right)
+    if same(moved, shortened, 0.85) and (moved > 0.99 * attack.size).float().mean() > 0.2:
         return
     if unmoved(found, attack):
         raise CheckFailed("a step moves no pixel", NOTHING_MOVED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from answers import OURS, PROJECTED, STUDENTS, assert_caught, module, problems
+from answers import OURS, PROJECTED, STUDENTS, assert_caught, grade, module, problems
 
 import self_check
 from checks import attack
@@ -91,6 +91,8 @@ PGDAttack = default_attack = Mine
 """
 BEGIN = "input.clone()"
 RANDOM = "input + torch.empty_like(input).uniform_(-self.epsilon, self.epsilon)"
+CORNER = "input + self.epsilon * torch.randn_like(input).sign()"
+CLIPPED = "input + (self.epsilon * torch.randn_like(input)).clamp(-self.epsilon, self.epsilon)"
 
 
 def whole(start: str = BEGIN, point: str = "adv", direction: str = "g.sign()"):
@@ -126,8 +128,15 @@ def test_a_gradient_at_the_wrong_point_is_caught(start, kwargs, hint):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_right_attacks_get_all_points_for_every_seed(seed):
-    for start in (BEGIN, RANDOM):
+    for start in (BEGIN, RANDOM, CORNER, CLIPPED):
         assert problems(whole(start), "attack", seed=seed) == {}
+
+
+@pytest.mark.parametrize("start", [RANDOM, CORNER, CLIPPED])
+@pytest.mark.parametrize("factor", ["0", "0.5", "2", "10"])
+def test_a_step_of_another_size_is_caught_after_a_random_start(start, factor):
+    code = whole(start, direction=f"{factor} * g.sign()")
+    assert grade(code, "steps: their size").score == 0
 
 
 TWO = [
