@@ -5,12 +5,15 @@ VENV     = .venv/bin
 INSTALL  = $(VENV)/python -m pip install --disable-pip-version-check
 SAMPLE   = ../data/sample
 DEVICE   = --gpu=-1
+DATA     = data
 TRAINING = --epochs=12 --lr=0.05 --warmup=1 -b 32
 
 help:
 	@echo "make demo     install; draw sample data; train, evaluate and attack on it"
 	@echo "make test     install; check the style; run the tests"
 	@echo "make test-lowest   run the tests with the lowest versions that requirements.txt allows"
+	@echo "make gpu-check DATA=data     check everything on this GPU, with timings"
+	@echo "make gpu-robust DATA=data    train and attack a robust classifier; DATA holds cifar10/"
 	@echo "make clean    delete what demo and test install and draw; runs in logs/ stay"
 
 demo: .venv/demo.stamp
@@ -45,6 +48,13 @@ PARALLEL = -n auto --maxprocesses 4 --dist loadscope
 test-lowest: .venv-lowest/stamp
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(PARALLEL)
 
+# On a GPU machine's own Python, which has the torch for its driver
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(DATA)
+
+gpu-robust:
+	$(PYTHON) benchmarks/gpu_check.py $(DATA) --parts=robust
+
 clean:
 	rm -rf .venv .venv-lowest data/sample submission.zip .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -77,4 +87,4 @@ ELSE = use another: make $(MAKECMDGOALS) PYTHON=/path/to/python
 	@$(PYTHON) -m venv .venv
 	@touch $@
 
-.PHONY: help demo test test-lowest clean
+.PHONY: help demo test test-lowest gpu-check gpu-robust clean

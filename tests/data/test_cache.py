@@ -363,7 +363,7 @@ def test_developing_images_does_not_wait_for_the_device():
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
     images = torch.empty(5, 8, 9, 3, dtype=torch.uint8, device="meta")
     params = AugmentParams(get_train_transforms(), images.shape[1:])
-    batch = torch.empty(4, 12)
+    batch = torch.empty(4, *params.shape)
     params.write(range(4), batch.numpy(), np.random.default_rng(0).random((4, params.draws)))
     x = DeviceImages(images, params).device_transform(batch)
     assert x.device.type == "meta" and x.shape == (4, 3, 128, 128)

@@ -191,7 +191,7 @@ def test_rows_of_the_tables_draw_unlike_numbers():
 
 def test_a_batch_of_augmentations_is_drawn_within_a_millisecond():
     params, u = AugmentParams(AUGMENT, (128, 128, 3)), uniform_table(1, 0, 256, AUGMENT.draws)
-    out, seconds = np.empty((256, 12), np.float32), []
+    out, seconds = np.empty((256, *params.shape), np.float32), []
     for _ in range(30):
         start = time.perf_counter()
         params.write(range(256), out, u)
