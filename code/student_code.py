@@ -76,10 +76,13 @@ def _rows(image: Tensor) -> Tensor:
 def _at_once(N: int, columns: int, device: torch.device) -> int:
     """The number of images (of N) to process at a time; X takes `columns` bytes per image.
 
-    A CPU is fast while the X of each thread fits in its cache; a GPU is fast with large kernels.
+    A CPU is fast while the X of each thread fits in its cache; a GPU is fast with large kernels of
+    one shape: equal parts of at most 512 MB, one or two for a batch of 256 in SimpleNet.
     """
-    budget = 2**28 if device.type == "cuda" else 2**22 * torch.get_num_threads()
-    return max(1, min(N, budget // max(1, columns)))
+    if device.type == "cuda":
+        parts = -(-N * columns // 2**29)  # rounded up
+        return max(1, -(-N // max(1, parts)))
+    return max(1, min(N, 2**22 * torch.get_num_threads() // max(1, columns)))
 
 
 def _im2col(

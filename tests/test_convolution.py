@@ -426,3 +426,18 @@ def test_the_scripts_status_tells_of_a_crash(tmp_path):
     command = [sys.executable, "test_conv.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "All passed" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("N", "columns", "step"),
+    [
+        (256, 4096 * 147 * 2, 256),  # SimpleNet's first layer, bfloat16: one product
+        (256, 4096 * 147 * 4, 128),  # float32: two of one size
+        (10, 2**28, 2),
+        (3, 2**30, 1),  # one image at least
+        (0, 2**20, 1),
+        (5, 0, 5),
+    ],
+)
+def test_a_gpu_gets_few_parts_of_one_size(N, columns, step):
+    assert student_code._at_once(N, columns, torch.device("cuda")) == step
