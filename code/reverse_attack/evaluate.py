@@ -20,7 +20,8 @@ from deepvision.runtime.provenance import ROOT
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import classifier, data, heads, options, results_report
 from reverse_attack.protocol import PROTOCOLS, Evaluator
-from reverse_attack.reversal import BUDGETS
+from reverse_attack.reversal import BUDGETS, REVERSAL_FACTOR
+from utils import UserError
 
 RESULTS = ROOT / "results"
 HEAD_RECORD = ("loss", "n_views", "held_out_loss", "chance", "min_crop")
@@ -42,6 +43,9 @@ def parse(argv: Sequence[str]) -> Namespace:
 def evaluate(args: Namespace) -> None:
     """Run the protocol; write its tables to reverse_<protocol>.json and .md."""
     options.check_epsilon(args.epsilon, "linf", args.dataset)
+    if REVERSAL_FACTOR * args.epsilon > 255:
+        twice = REVERSAL_FACTOR * args.epsilon
+        raise UserError(f"--epsilon {args.epsilon:g}: the reversal's is {twice:g}, more than 255")
     options.require_writable(args.results)
     index = data.list_images(args.dataset, args.data_root, "test")
     loaded = classifier.from_args(args, len(index.classes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -12,7 +13,8 @@ from torch import nn
 
 import main
 from deepvision import checkpoint
-from deepvision.evaluation import sweep
+from deepvision.attacks import AutoAttack
+from deepvision.evaluation import evaluator, sweep
 from deepvision.models import registry
 
 
@@ -90,3 +92,35 @@ def test_a_sweep_leaves_a_table_and_curves_that_a_second_one_replaces(look, caps
     curve = [(p.step, p.value) for p in curve.Scalars("robustness/top1_4_steps")]
     fours = [(p["epsilon_255"], pytest.approx(p["top1"])) for p in points if p["steps"] in (0, 4)]
     assert curve == fours
+
+
+def test_the_suite_continues_in_the_run_and_reports_one_line(look, capsys, monkeypatch):
+    short = functools.partial(AutoAttack, steps=2, queries=3, targets=1)
+    monkeypatch.setattr(evaluator, "AutoAttack", short)
+    out, folder = look(capsys, "-a", "-v", "--attack-suite=standard", "--attack-images=8")
+    (path,) = folder.glob("autoattack_standard_linf_4_8.json")
+    progress = json.loads(path.read_text())["progress"]
+    left = 100 * progress["fell_to"].count(None) / 8
+    assert (
+        out.splitlines()[-1] == f"******Acc@1 {left:.3f}" and row_of(folder)["suite_top1"] == left
+    )
+    assert "AutoAttack standard, l_inf, ε = 4/255" in row_of(folder)["suite"]
+    again, _ = look(capsys, "-a", "--attack-suite=standard", "--attack-images=8")
+    assert again.splitlines()[-2:] == out.splitlines()[-2:]  # seconds included: nothing was done
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--attack-suite=standard", "--attack-eps=0"], "epsilon = 0 changes nothing"),
+        (["--attack-suite=standard", "--attack-eps=300"], "larger than the box"),
+        (["--attack-norm=l2", "--attack-eps=60000"], "larger than the box"),
+        (["--attack-loss=dlr", "--attack-eps=0"], "epsilon = 0 changes nothing"),
+    ],
+)
+def test_a_radius_that_makes_no_sense_is_one_line(look, words, text, capsys):
+    with pytest.raises(AssertionError):  # the exit code is not 0
+        look(capsys, "-a", *words)
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: ") and text in error[-1]
+    assert not any("Traceback" in line for line in error)

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from reverse_toys import CLASSES, EPSILONS, run, set_of, weights, x_of
+from reverse_toys import CLASSES, EPSILONS, refused, run, set_of, weights, x_of
 
 from deepvision import checkpoint
 from deepvision.attacks import PGD, AutoAttack, lp_norm
-from reverse_attack import attack, attack_sets, classifier, inference
+from reverse_attack import attack, attack_sets, classifier, inference, options
 from reverse_attack.data import list_images
 from reverse_attack.reversal import input_scale
 
@@ -120,6 +120,13 @@ def test_the_suite_refuses_the_flags_of_a_single_attack(flag, capsys):
         attack.main(["--attack-suite", "standard", *flag.split()])
     assert stop.value.code == 2
     assert f"leave {flag.split()[0]} out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["", "--attack-suite standard"])
+def test_an_epsilon_beyond_the_box_is_one_line(suite, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(options, "PUBLISHED_UNITS", {})
+    line = f"--norm l2 --epsilon 300 --savepath {tmp_path} {suite}"
+    assert "larger than the box" in refused(capsys, run(root, attack, line, 4))
 
 
 def test_no_steps_are_none():

@@ -80,7 +80,9 @@ def test_the_published_unit_is_noticed_by_the_commands_before_any_work(tmp_path,
         line = ["--norm", "l_2", "--epsilon", "255", "--data-root", str(tmp_path)]
         assert command.main(line, tmp_path) == 1
         assert "their 255 is --epsilon 1\n" in capsys.readouterr().err
-    assert evaluate.main(["--epsilon", "300", "--results", str(tmp_path)], tmp_path) == 1
+    for epsilon in ("300", "128"):  # of the reversal, twice that
+        assert evaluate.main(["--epsilon", epsilon, "--results", str(tmp_path)], tmp_path) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_flag_overrides_the_preset():
