@@ -75,7 +75,7 @@ class Stage:
     rank: int | None = None
 
     @property
-    def passes(self) -> int:
+    def forward_passes(self) -> int:
         """Forward passes for an image that does not fall, less a few."""
         per_step = 2 if isinstance(self.attack, FAB) else getattr(self.attack, "eot", 1)
         return self.attack.restarts * self.attack.steps * per_step
@@ -179,7 +179,7 @@ class AutoAttack:
             p.seconds += time.perf_counter() - start
             left = [sum(p.fell_to[i] is None for i in batch.tolist()) for batch in batches]
             units = ((stages[k // len(left)], left[k % len(left)]) for k in range(p.done, p.units))
-            p.passes_left = sum(stage.passes * n for stage, n in units)
+            p.passes_left = sum(stage.forward_passes * n for stage, n in units)
             on_progress(p, stage.name)
 
     def _attack(
