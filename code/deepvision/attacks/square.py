@@ -22,8 +22,8 @@ class Square(Attack):
     steps: the queries after the first one, which is at vertical stripes.
     p: the fraction of an image's pixels that the first squares cover; 0.8 as in AutoAttack.
 
-    For images (N, C, H, W). In l_2 and l_1 the same squares are scaled and projected, a weaker
-    search than the paper's, which shapes and merges them.
+    For images (N, C, H, W). In l_2 and l_1 the same squares are scaled and projected; the paper
+    shapes and merges them.
     """
 
     steps: int = 200
