@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
         "--norms", nargs="+", type=norm_name, default=list(EPSILONS), help="default: all"
     )
     parser.add_argument("--queries", type=int, default=5000, help="of Square; default 5000")
-    parser.add_argument("--shrink", type=float, default=1.0, help="divides Îµ; default 1")
+    parser.add_argument("--shrink", type=float, default=1.0, help="divides ε; default 1")
     parser.add_argument("--bf16", action="store_true", help="networks compute in bfloat16")
     parser.add_argument("--square", nargs="+", type=float, metavar="P", help="Square alone")
     args = parser.parse_args(argv[1:])
