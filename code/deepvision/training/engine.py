@@ -46,12 +46,7 @@ def train_epoch(
     for x, y in batches:
         timer.data_ready()
         x, y = context.to_device(x, y)
-        torch.manual_seed(step_seed(seed, scheduler.last_epoch))
-        passes = objective.begin_batch(scheduler.last_epoch)  # 1, or replays (free)
-        if distributed.world_size() > 1:  # the choices for the batch are common, the noise is not
-            rank = distributed.rank_slice().start
-            torch.manual_seed(step_seed(seed, scheduler.last_epoch, rank))
-        for _ in range(passes):
+        for _ in range(begin_batch(objective, seed, scheduler.last_epoch)):  # 1, or replays (free)
             logits, loss = objective(model, x, y)  # attacks the batch first, if it is adversarial
             optimizer.zero_grad()  # after the attack: none of its gradients may reach the step
             scaler.scale(loss).backward()
@@ -68,6 +63,18 @@ def train_epoch(
         timer.step_done()
         if not after_step(lr):
             return
+
+
+def begin_batch(objective: Objective, seed: int, step: int) -> int:
+    """Seed a step's random numbers, prepare the objective; return its optimizer steps.
+
+    The choices for the whole batch are common to all ranks, the noise of single samples is not.
+    """
+    torch.manual_seed(step_seed(seed, step))
+    steps = objective.begin_batch(step)
+    if distributed.world_size() > 1:
+        torch.manual_seed(step_seed(seed, step, distributed.rank_slice().start))
+    return steps
 
 
 def step_seed(seed: int, step: int, *rank: int) -> int:
