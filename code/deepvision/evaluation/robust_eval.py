@@ -111,11 +111,11 @@ def describe_run(model: Model, x: Tensor, y: Tensor, attack: AutoAttack) -> dict
 def run_dir_of_network(model: nn.Module, logs: Path) -> Path | None:
     """The newest folder evaluation_exp_* below `logs` with a robust evaluation of this network."""
     network = _checksum(model.state_dict().values())
-    for run_dir in run_dirs(logs, ["evaluation"]):
-        for path in run_dir.glob("autoattack_*.json"):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if json.loads(path.read_bytes())["settings"]["network"] == network:
-                    return run_dir
+    runs = run_dirs(logs, ["evaluation"])
+    for path in (path for run_dir in runs for path in run_dir.glob("autoattack_*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(path.read_bytes())["settings"]["network"] == network:
+                return path.parent
     return None
 
 
