@@ -390,3 +390,16 @@ def test_what_the_device_cannot_do_is_refused(root, transforms, message):
         transforms.transforms[0] = Scale(40)
     with pytest.raises(UserError, match=f"--cache=device {message}.*use --cache=ram"):
         cached(root, "device", transforms=transforms)
+
+
+def test_a_device_that_cannot_warp_images_is_one_line():
+    cache.check_sampling(torch.device("cpu"))
+
+    class Lacks(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "grid_sampler" in str(func):
+                raise NotImplementedError(f"{func} is not implemented")
+            return func(*args, **(kwargs or {}))
+
+    with Lacks(), pytest.raises(UserError, match="cannot warp images on cpu: install a newer one"):
+        cache.check_sampling(torch.device("cpu"))

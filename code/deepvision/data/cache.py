@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from custom_dataloader import MiniPlacesLoader
@@ -96,10 +97,23 @@ def enable_cache(dataset: MiniPlacesLoader, place: str, workers: int, device: to
     elif place == "disk":
         dataset.read = file_images(images, dataset.root_folder, workers).read
     elif place == "device":
+        check_sampling(device)
         params = AugmentParams(dataset.transforms, images.shape[1:])
         on_device = DeviceImages(fill(images, workers, device), params)
         dataset.read, dataset.transforms = on_device.read, params
         dataset.device_transform = on_device.device_transform
+
+
+def check_sampling(device: torch.device) -> None:
+    """Raise UserError if PyTorch cannot warp images on `device`, as old versions on Apple's GPU."""
+    x = torch.zeros(1, 1, 2, 2, device=device)
+    try:
+        F.grid_sample(x, x.new_zeros(1, 1, 1, 2), padding_mode="border", align_corners=False)
+    except NotImplementedError:
+        raise UserError(
+            f"--cache=device: PyTorch {torch.__version__} cannot warp images on {device.type}: "
+            "install a newer one, or use --cache=ram"
+        ) from None
 
 
 class RamImages:
