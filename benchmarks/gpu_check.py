@@ -12,7 +12,6 @@ says what it has found.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from pathlib import Path
 import torch
 from results_file import RESULTS, origin, origin_line
 
+from deepvision.config import OneLineParser
 from deepvision.runtime.device import device_name
 from deepvision.runtime.provenance import command_line
 
@@ -89,7 +89,7 @@ def table(record: dict) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run the parts; return 1 if one of them is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("data", type=Path, help="data folder; for robust: holds cifar10/")
     parser.add_argument("--parts", help="names with commas; default: all but robust")
     parser.add_argument("--small", action="store_true", help="a few images, on the CPU")

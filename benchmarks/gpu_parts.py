@@ -31,6 +31,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import main
 from custom_dataloader import MiniPlacesLoader
 from deepvision.attacks import APGD, PGD, AutoAttack, InputScale
+from deepvision.config import OneLineParser
 from deepvision.data.cache import enable_cache
 from deepvision.data.loader import training_batches
 from deepvision.evaluation.robust_eval import evaluate_robustness
@@ -455,11 +456,11 @@ PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {
 
 def run(argv: Sequence[str]) -> None:
     """Run one part and write what it found to a JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--small", action="store_true")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("part", metavar="PART", choices=PARTS, help="see gpu_check.py")
+    parser.add_argument("file", type=Path, help="where to write")
+    parser.add_argument("data", type=Path, help="data folder")
+    parser.add_argument("--small", action="store_true", help="on the CPU")
     args = parser.parse_args(argv[1:])
     args.cuda = torch.cuda.is_available() and not args.small
     try:

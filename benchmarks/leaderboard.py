@@ -10,7 +10,6 @@ results/runs/notes.json holds what older records lack, others.json known results
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 import sys
@@ -21,7 +20,7 @@ from results_file import RESULTS, ROOT, origin, origin_line
 
 from custom_transforms import IMAGENET_MEAN, IMAGENET_STD
 from deepvision.attacks import PGD, InputScale
-from deepvision.config import SETTINGS, spelled
+from deepvision.config import SETTINGS, OneLineParser, spelled
 from deepvision.evaluation.statistics import wilson
 from deepvision.evaluation.sweep import describe
 from deepvision.models.registry import NETWORK_NAMES, create_model
@@ -224,8 +223,8 @@ def write(command: str) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Copy the records that --add names, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--add", nargs="+", default=[], metavar="NAME=RUN")
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--add", nargs="+", default=[], metavar="NAME=RUN", help="runs")
     for pair in parser.parse_args(argv[1:]).add:
         name, folder = pair.split("=", 1)
         add(name, Path(folder))

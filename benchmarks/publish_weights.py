@@ -20,6 +20,7 @@ from results_file import ROOT, origin, origin_line
 
 from custom_dataloader import MiniPlacesLoader, count_classes
 from deepvision import checkpoint
+from deepvision.config import OneLineParser
 from deepvision.models.registry import NETWORK_NAMES, load_network
 from deepvision.reporting.analysis import count_parameters
 from deepvision.runtime.provenance import command_line
@@ -53,8 +54,12 @@ def publish(name: str, run: Path, categories: list[str]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Publish the networks that the command line names, and write the table."""
-    data, pairs = Path(argv[1]), [word.split("=", 1) for word in argv[2:]]
-    dataset = MiniPlacesLoader(data, num_classes=count_classes(data))
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("data", metavar="DATA", type=Path, help="holds train.txt and val.txt")
+    parser.add_argument("runs", metavar="NAME=RUN", nargs="+", help="run folders")
+    args = parser.parse_args(argv[1:])
+    pairs = [word.split("=", 1) for word in args.runs]
+    dataset = MiniPlacesLoader(args.data, num_classes=count_classes(args.data))
     categories = list(dataset.get_index_mapping().values())
     torch.manual_seed(0)
     rows = [publish(name, Path(run), categories) for name, run in pairs]

@@ -57,7 +57,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
         (Healthy(), {"steps": 5, "step_size": 2.0}, WEAK),
         (Healthy(), {"step_size": 0.0}, {"noise", "gradient-free search"}),
         (Stubborn(), {}, {"noise", "large ε"}),
-        (Saturated(), {}, {"gradients", "loss", "targets", "large ε"}),
+        (Saturated(), {}, {"gradients", "gradient-free search", "loss", "targets", "large ε"}),
         (Trap(), {"loss": "margin"}, TRAPPED),
     ],
     ids=[

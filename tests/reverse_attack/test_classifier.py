@@ -68,5 +68,5 @@ def test_missing_or_foreign_files_are_one_line(root, tmp_path, capsys):
     (tmp_path / "cifar-10-batches-py").mkdir()
     assert "try --download" in refused(capsys, run(tmp_path, attack, ""))
     line = "--dataset miniplaces"
-    assert "label file" in refused(capsys, run(tmp_path, attack, line))
+    assert "there is no folder" in refused(capsys, run(tmp_path, attack, line))
     assert "--device" in refused(capsys, run(root, attack, "--device tpu"))
