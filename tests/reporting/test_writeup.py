@@ -6,6 +6,7 @@ import pytest
 
 import report
 from deepvision.reporting.student_text import PLACEHOLDER, missing_parts
+from deepvision.reporting.writeup import text_blocks
 
 
 @pytest.fixture
@@ -66,3 +67,11 @@ def test_a_folder_that_is_no_run_is_a_box_and_the_rest_is_made(our_run, tmp_path
     bad.mkdir()
     assert report.main(["--writeup", str(bad), str(our_run), "--out", str(out)]) == 0
     assert "it is no run folder" in (out / "writeup.md").read_text()
+
+
+def test_markdown_of_a_text_becomes_plain_lines(tmp_path):
+    text = "See [the table](../results/x.md):\n51.9 to **53.0**\n1. one\n- two\n\nNext."
+    assert [block.text for block in text_blocks(text, tmp_path)] == [
+        "See the table: 51.9 to 53.0\n1. one\n- two",
+        "Next.",
+    ]

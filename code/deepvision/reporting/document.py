@@ -253,6 +253,8 @@ class Pages(FPDF):
         """A paragraph in its style."""
         note, boxed = block.style == "note", block.style in ("warning", "missing")
         self.type(*((8, GREY) if note else (9.5, INK)))
+        if boxed:
+            self.keep_together(3 * self.LINE)
         self.set_fill_color(*WARNING if boxed else (255,))
         self.lines(4.3 if note else self.LINE, block.text, fill=boxed)
         self.ln(2)

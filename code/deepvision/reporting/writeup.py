@@ -297,6 +297,7 @@ def text_blocks(text: str, folder: Path) -> list[Block]:
         if image and (folder / image[2]).is_file():
             blocks.append(Figure(folder / image[2], image[1], 0.7))
         else:
-            joined = re.sub(r"\n(?!\s*[-*\d|#])", " ", paragraph)  # list items stay lines
-            blocks.append(Text(re.sub(r"\*\*|__|`", "", joined)))
+            joined = re.sub(r"\n(?!\s*(?:[-*] |\d+[.)] |[|#]))", " ", paragraph)  # lists stay lines
+            plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", joined)  # links
+            blocks.append(Text(re.sub(r"\*\*|__|`", "", plain)))
     return blocks
