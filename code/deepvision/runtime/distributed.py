@@ -120,7 +120,7 @@ def wrap_ddp(model: nn.Module, has_unused: bool = False) -> nn.Module:
 
 
 def report_to_torchrun(message: str) -> None:
-    """Have torchrun print `message` at the end of its own report, instead of no cause at all."""
+    """Have torchrun print `message` at the end of its report, which would name no cause."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": message, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps(report))
