@@ -47,6 +47,7 @@ from deepvision.runtime import distributed
 from deepvision.runtime.console import protect_streams
 from deepvision.runtime.device import (
     amp_problem,
+    check_size,
     choose_device,
     compile_problem,
     configure_backend,
@@ -102,6 +103,8 @@ def prepare(config: RunConfig, device: torch.device, logs: Path) -> Callable[[],
     check_categories(ckpt, datasets[-1], config.weights or config.resume)
     if config.trains and config.augmentation:
         adapt_augmentation(datasets[0], **config.augmentation)
+        for size in set(config.augmentation["sizes"]):
+            check_size(model, context, size, "--resolution")
     epochs, strict = config.trains and config.epochs - config.start_epoch, "cache" in config.named
     cache = enable_caches(datasets, config.cache, config.workers, device, epochs, strict)
     config = replace(config, cache=cache)

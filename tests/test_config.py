@@ -114,11 +114,6 @@ def test_runs_from_before_the_augmentation_settings_keep_the_courses():
     assert config.augmentation is None and (config.cutmix, config.warmup) == (0.5, 5)
 
 
-def test_simplevit_keeps_its_size():
-    with pytest.raises(UserError, match="leave --resolution out"):
-        resolve_defaults(parse(["data", "--use-vit", "--resolution=96:0.5,128"]), "vit")
-
-
 def test_unnamed_settings_are_restored_and_named_ones_are_reported():
     saved = resolve_defaults(parse(["data", "--lr=0.3", "--at=free", "-b=7"]), "torch_conv")
     saved = saved.as_dict() | {"gpu": 3, "workers": 9, "evaluate": True, "resume": "old"}

@@ -169,7 +169,10 @@ SETTINGS = {  # between them, every setting that changes the result
         "--amp=bf16",
         "--deterministic",
         "--cache=ram",
+        "--crop-area=0.5",
+        "--rotation=3",
     ],
+    "scene_net": ["--use-scene-net", "--recipe=cpu", "--resolution=64:0.5,96"],
     "vit": ["--use-vit", "--clip-grad=0.01", "--wd=0.1"],
     "adversarial": [
         "--at=pgd",

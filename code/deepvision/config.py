@@ -533,19 +533,13 @@ def resolve_defaults(config: RunConfig, kind: str) -> RunConfig:
 
     A resumed run, of which the other settings are restored, gets those that are None. --at turns
     CutMix off.
-
-    Raises:
-        UserError: --resolution does not suit the network.
     """
     defaults = RECIPES[config.recipe or "gpu"] if kind == "scene_net" else DEFAULTS
     if config.at:
         defaults = defaults | {"cutmix": 0.0}
     known = SETTINGS.keys() if config.resume else config.named
     unset = {k: v for k, v in defaults.items() if k not in known or getattr(config, k) is None}
-    config = replace(config, **unset)
-    if kind == "vit" and config.resolution != DEFAULTS["resolution"]:
-        raise UserError("SimpleViT takes images of 128 pixels: leave --resolution out")
-    return config
+    return replace(config, **unset)
 
 
 def restore(config: RunConfig, saved: dict) -> tuple[RunConfig, dict[str, tuple]]:

@@ -51,5 +51,5 @@ def test_every_view_and_their_mean_are_those_of_single_images(val_set):
 
 def test_a_network_of_one_size_is_one_line(val_set):
     net = SimpleViT(num_classes=10, embed_dim=8, depth=1, num_heads=1, window_block_indexes=())
-    with pytest.raises(UserError, match="--views: the network takes one size only .*144x144"):
+    with pytest.raises(UserError, match="no images of 144 pixels .*144x144.*leave --views out"):
         next(views.evaluate_views(net, val_set, CPU, workers=0))

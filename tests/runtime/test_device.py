@@ -1,5 +1,6 @@
 """Devices: the layout and number format that a network gets, and what is refused."""
 
+import copy
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from deepvision.runtime.device import (
     DeviceContext,
     amp_problem,
     changing_shapes,
+    check_size,
     choose_device,
     compile_problem,
     configure_backend,
@@ -303,3 +305,13 @@ def test_compiling_for_the_cpu_says_what_it_costs(capsys):
     assert not capsys.readouterr().out
     prepare_model(nn.Conv2d(3, 4, 3), CPU.device, compiled=True)
     assert "--compile" in capsys.readouterr().out
+
+
+def test_a_network_of_one_size_is_named_before_the_run_and_left_as_it_was():
+    fixed = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
+    before = copy.deepcopy(fixed.state_dict())
+    check_size(fixed, CPU, 16, "--resolution")
+    with pytest.raises(UserError, match="no images of 8 pixels .*leave --resolution out"):
+        check_size(fixed, CPU, 8, "--resolution")
+    assert fixed.training
+    assert all(torch.equal(before[name], v) for name, v in fixed.state_dict().items())

@@ -26,9 +26,8 @@ from custom_transforms import (
 from deepvision.data.loader import validation_batches
 from deepvision.runtime import distributed
 from deepvision.runtime.console import progress_bar
-from deepvision.runtime.device import DeviceContext
+from deepvision.runtime.device import DeviceContext, check_size
 from deepvision.runtime.meters import EpochMetrics, Metrics
-from utils import UserError
 
 COURSE = "course's view"
 SIZES = (144, 160, 176, 192)  # of the whole image: 128 pixels x 9/8 to 12/8; not tuned on any data
@@ -40,10 +39,10 @@ def evaluate_views(
     """The accuracy of each view, and of the mean of their logits; all with mirror images.
 
     Raises:
-        UserError: the network takes one size only.
+        UserError: the network takes one size only, as with position embeddings.
     """
     model.eval()
-    check_sizes(model, context)
+    check_size(model, context, SIZES[0], "--views")
     total, views = None, {COURSE: val_set.transforms}
     views |= {f"whole image at {size}": whole_image(size) for size in SIZES}
     for name, transforms in views.items():
@@ -53,16 +52,6 @@ def evaluate_views(
         total = logits if total is None else total + logits
         yield name, accuracy(logits, labels)
     yield f"mean of all {len(views)}", accuracy(total, labels)
-
-
-@torch.inference_mode()
-def check_sizes(model: nn.Module, context: DeviceContext) -> None:
-    """Raise UserError if the network takes one size only, as with position embeddings."""
-    x, _ = context.to_device(torch.zeros(1, 3, SIZES[0], SIZES[0]), torch.zeros(1))
-    try:
-        model(x)
-    except (ValueError, RuntimeError) as e:
-        raise UserError(f"--views: the network takes one size only ({e})") from None
 
 
 def whole_image(size: int) -> Compose:

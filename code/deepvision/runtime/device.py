@@ -305,6 +305,22 @@ def probe_backward(model: nn.Module, context: DeviceContext) -> str | None:
     return None
 
 
+@torch.inference_mode()
+def check_size(model: nn.Module, context: DeviceContext, size: int, flag: str) -> None:
+    """Raise UserError, which names `flag`, if the network fails on images of `size` pixels."""
+    x, _ = context.to_device(torch.zeros(1, 3, size, size), torch.zeros(1))
+    training = model.training
+    try:
+        model.eval().forward(x)  # not compiled, which would take a minute
+    except (ValueError, RuntimeError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(
+            f"the network takes no images of {size} pixels ({reason}): leave {flag} out"
+        ) from None
+    finally:
+        model.train(training)
+
+
 def device_name(device: torch.device) -> str:
     """The name for records: the GPU's model, or the CPU's architecture and thread count."""
     if device.type == "cuda":
