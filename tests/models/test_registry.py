@@ -67,3 +67,12 @@ def test_half_precision_weights_load_as_float32():
     weights = registry.create_model("torch_conv", 7).half().state_dict()
     model, _ = registry.load_network({"state_dict": weights}, "file")
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_resnet18_without_a_network_is_one_line(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("torchvision")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # refuses connections
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="no ImageNet weights for ResNet-18 .* and put it at"):
+        registry.create_model("resnet18", 10, pretrained=True)
+    assert capfd.readouterr() == ("", "")

@@ -35,7 +35,8 @@ def resnet18(num_classes: int, pretrained: bool = False) -> nn.Module:
 def _download(weights: object) -> dict[str, Tensor]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its lines would precede ours
+        hidden = io.StringIO()  # torch's line "Downloading:" would precede ours
+        with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
             return weights.get_state_dict(check_hash=True)
     except Exception as e:  # the network, the disk and the file each fail in their own way
         raise UserError(
