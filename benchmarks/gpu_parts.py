@@ -241,7 +241,7 @@ def cache(args: argparse.Namespace) -> Found:
         for place in ("none", "device"):
             dataset = MiniPlacesLoader(data, None, 10_000, "train", student.train_transforms())
             enable_cache(dataset, place, 0, device)
-            loader = training_batches(dataset, len(dataset), 1, 0)
+            loader = training_batches(dataset, len(dataset), 1, 0, device)
             start = time.perf_counter()
             batches.append(next(iter(loader))[0].cpu())
             seconds.append(time.perf_counter() - start)

@@ -96,12 +96,13 @@ class MiniPlacesLoader(Dataset):
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
-        """The shape of a transformed image, if the transforms can `write` into given memory."""
+        """The shape of what the transforms `write` into given memory, if they can."""
         return getattr(self.transforms, "shape", None)
 
     def write(self, indices: Sequence[int], out: np.ndarray, u: np.ndarray) -> list[int]:
-        """Write n transformed images to `out`, float32 (n, *image_shape); return the labels.
+        """Write n transformed images to `out` (n, *image_shape); return the labels.
 
+        `transforms.finish` makes the batch of them, `transforms.dtype` is the type of `out`.
         u: uniform numbers in [0, 1), (n, `transforms.draws`), that make the augmentation.
         """
         self.transforms.write(map(self.read, indices), out, u)

@@ -242,18 +242,24 @@ class Denormalize(Normalize):
 
 
 class Compose:
-    """Apply transforms in order; the two sequences of the course run fused."""
+    """Apply transforms in order; the two sequences of the course run fused.
+
+    A data loader can call `write` for each image, in other processes, and `finish` once for a
+    batch: bytes are a quarter of the floats to hand over.
+    """
+
+    dtype = torch.uint8  # of what `write` writes
 
     def __init__(self, transforms: Sequence[Callable]) -> None:
         self.transforms = list(transforms)
 
     @property
     def shape(self) -> tuple[int, int, int] | None:
-        """(3, height, width) of the output of a fused sequence; None for any other sequence."""
+        """(height, width, 3) of what a fused sequence writes; None for any other sequence."""
         if self._sequence() not in FUSED:
             return None
         width, height = self.transforms[-3].size
-        return 3, height, width
+        return height, width, 3
 
     @property
     def draws(self) -> int:
@@ -262,22 +268,32 @@ class Compose:
 
     def __call__(self, img: np.ndarray) -> torch.Tensor:
         if self.shape and img.dtype == np.uint8 and img.ndim == 3 and img.shape[2] == 3:
-            out = np.empty((1, *self.shape), np.float32)
-            self.write([img], out, _from_random(self.draws).T)
-            return torch.from_numpy(out[0])
+            out = torch.empty(1, *self.shape, dtype=self.dtype)
+            self.write([img], out.numpy(), _from_random(self.draws).T)
+            return self.finish(out, out.device)[0].contiguous()
         for transform in self.transforms:
             img = transform(img)
         return img
 
     def write(self, images: Iterable[np.ndarray], out: np.ndarray, u: np.ndarray) -> None:
-        """Apply a fused sequence to n images, uint8 (H, W, 3).
+        """Apply a fused sequence, without its last two steps, to n images, uint8 (H, W, 3).
 
-        out: float32 (n, *`shape`), for the results. u: uniform numbers in [0, 1), (n, `draws`).
+        out: uint8 (n, *`shape`), for the results. u: uniform numbers in [0, 1), (n, `draws`).
         """
         images, fused = iter(images), FUSED[self._sequence()]
         for start in range(0, len(out), IN_MEMORY):
             part = slice(start, start + IN_MEMORY)
             fused(list(islice(images, IN_MEMORY)), out[part], u[part], *self.transforms)
+
+    def finish(self, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The last two steps of a fused sequence, ToTensor and Normalize, for a batch on `device`.
+
+        uint8 (N, H, W, 3) -> float32 (N, 3, H, W), in the layout channels_last.
+        """
+        (n, height, width, _), normalize = images.shape, self.transforms[-1]
+        scale, shift = _scale_shift(normalize.mean, normalize.std, width, device)
+        x = images.to(device, non_blocking=device.type == "cuda").view(n, height, -1).float()
+        return torch.addcmul(shift, x, scale, out=x).view(images.shape).permute(0, 3, 1, 2)
 
     def _sequence(self) -> tuple[type, ...]:
         return tuple(map(type, self.transforms))
@@ -322,18 +338,21 @@ def sample_warps(
     return np.stack(warp, 1), color.sample(of_color).T
 
 
-def _train(images, out, u, scale, flip, color, rotate, crop, _, normalize) -> None:
+def _train(images, out, u, scale, flip, color, rotate, crop, *_) -> None:
     images, scaled = zip(*(_reduced(img, scale) for img in images), strict=True)
     sizes = np.array([img.shape[1::-1] for img in images]).T
     warps, gains = sample_warps(u, sizes, np.array(scaled).T, flip, color, rotate, crop)
     for img, warp, rgb, result in zip(images, warps.tolist(), gains.tolist(), out, strict=True):
         # OpenCV warps four channels in a third of the time it takes for three
         rgba = cv2.cvtColor(img, cv2.COLOR_RGB2RGBA, dst=_scratch("rgba", *img.shape[:2], 4))
-        warped = _scratch("warped", *result.shape[1:], 4)
-        planes = _planes(warp_image(rgba, warp, crop.size, warped))
-        for plane, gain in zip(planes, rgb, strict=True):
+        height, width, _ = result.shape
+        warped = warp_image(rgba, warp, crop.size, _scratch("warped", height, width, 4))
+        # OpenCV splits twice as fast into planes that exist
+        planes = list(_scratch("planes", 4, height, width))
+        cv2.split(warped, planes)
+        for plane, gain in zip(planes, rgb, strict=False):
             cv2.convertScaleAbs(plane, plane, gain)
-        _normalized(planes, normalize, result)
+        cv2.merge(planes[:3], result)
 
 
 def _reduced(img: np.ndarray, scale: Scale) -> tuple[np.ndarray, tuple[int, int]]:
@@ -346,23 +365,9 @@ def _reduced(img: np.ndarray, scale: Scale) -> tuple[np.ndarray, tuple[int, int]
     return img, (width, height)
 
 
-def _val(images, out, _u, scale, crop, _, normalize) -> None:
+def _val(images, out, _u, scale, crop, *_) -> None:
     for img, result in zip(images, out, strict=True):
-        _normalized(_planes(crop(scale(img))), normalize, result)
-
-
-def _planes(img: np.ndarray) -> np.ndarray:
-    """The first three channels of (H, W, C) as planes (3, H, W)."""
-    # OpenCV splits twice as fast into planes that exist
-    planes = _scratch("planes", img.shape[2], *img.shape[:2])
-    cv2.split(img, list(planes))
-    return planes[:3]
-
-
-def _normalized(planes: np.ndarray, normalize: Normalize, out: np.ndarray) -> None:
-    scale, shift = _scale_shift(normalize.mean, normalize.std)
-    np.multiply(planes, scale, out=out)
-    out -= shift
+        result[...] = crop(scale(img))
 
 
 def _scratch(use: str, *shape: int) -> np.ndarray:
@@ -376,11 +381,13 @@ def _memory(use: str, shape: tuple[int, ...], thread: int) -> np.ndarray:
     return torch.empty(shape, dtype=torch.uint8).numpy()
 
 
-@lru_cache(maxsize=8)
-def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(x / 255 - mean) / std as x * scale - shift, float32 (3, 1, 1) both."""
-    scale, shift = [1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)]
-    return np.float32(scale)[:, None, None], np.float32(shift)[:, None, None]
+@lru_cache(maxsize=32)
+def _scale_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / 255 - mean) / std as x * scale + shift, for a row of pixels: (3 * width,) both."""
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    return torch.tensor(scale * width, device=device), torch.tensor(shift * width, device=device)
 
 
 AUGMENTATION = (Scale, RandomHorizontalFlip, RandomColor, RandomRotate, RandomSizedCrop)

@@ -24,7 +24,7 @@ from custom_transforms import (
     ToTensor,
 )
 from deepvision.data import cache, decoded
-from deepvision.data.device_augment import AugmentParams, DeviceImages
+from deepvision.data.device_augment import DeviceImages
 from deepvision.data.loader import fixed_subset_batch, training_batches, validation_batches
 from student_code import get_train_transforms, get_val_transforms
 from utils import UserError, save_image
@@ -277,7 +277,7 @@ def enable(root, place, strict=True, epochs=2, transforms=None):
 
 def test_auto_caches_both_sets(root, as_on_a_gpu, capsys):
     place, sets = enable(root, "auto")
-    assert place == "device" and all(hasattr(s, "device_transform") for s in sets)
+    assert place == "device" and all(isinstance(s.transforms, DeviceImages) for s in sets)
     assert capsys.readouterr().out.count("images take") == 2
 
 
@@ -362,10 +362,10 @@ def test_the_held_out_batch_comes_from_the_device_too(root):
 def test_developing_images_does_not_wait_for_the_device():
     """Memory on "meta" holds nothing: to read from it fails, so does mixing it with the CPU's."""
     images = torch.empty(5, 8, 9, 3, dtype=torch.uint8, device="meta")
-    params = AugmentParams(get_train_transforms(), images.shape[1:])
+    params = DeviceImages(images, get_train_transforms())
     batch = torch.empty(4, *params.shape)
     params.write(range(4), batch.numpy(), np.random.default_rng(0).random((4, params.draws)))
-    x = DeviceImages(images, params).device_transform(batch)
+    x = params.finish(batch, images.device)
     assert x.device.type == "meta" and x.shape == (4, 3, 128, 128)
 
 

@@ -156,12 +156,15 @@ def test_a_batch_written_in_place_holds_the_bits_of_its_samples(root, workers):
     """And separate memory: a batch that is kept does not change when the next ones come."""
     keep, apart = (MiniPlacesLoader(root, transforms=VAL) for _ in range(2))
     apart.transforms = lambda img: VAL(img)  # has no shape: collated sample by sample
-    whole = list(training_batches(keep, 4, 1, workers))
+    loader = training_batches(keep, 4, 1, workers)
+    whole = list(loader)
     pieces = list(training_batches(apart, 4, 1, workers))
-    assert len(whole) == 6 and keep.image_shape == (3, 128, 128) and apart.image_shape is None
+    assert len(whole) == 6 and keep.image_shape == (128, 128, 3) and apart.image_shape is None
     assert torch.equal(collect(whole)[0], collect(pieces)[0])
     assert torch.equal(collect(whole)[1], collect(pieces)[1])
-    assert whole[0][0].is_shared() == (workers > 0)
+    (written, _), _ = next(loader._start_pass())  # a quarter of the floats
+    assert written.dtype == torch.uint8 and written.is_shared() == (workers > 0)
+    assert whole[0][0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_augmentation_follows_from_seed_epoch_and_index_alone(root):

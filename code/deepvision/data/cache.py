@@ -98,10 +98,9 @@ def enable_cache(dataset: MiniPlacesLoader, place: str, workers: int, device: to
         dataset.read = file_images(images, dataset.root_folder, workers).read
     elif place == "device":
         check_sampling(device)
-        params = AugmentParams(dataset.transforms, images.shape[1:])
-        on_device = DeviceImages(fill(images, workers, device), params)
-        dataset.read, dataset.transforms = on_device.read, params
-        dataset.device_transform = on_device.device_transform
+        AugmentParams(dataset.transforms, images.shape[1:])  # raises before images are decoded
+        on_device = DeviceImages(fill(images, workers, device), dataset.transforms)
+        dataset.read, dataset.transforms = on_device.read, on_device
 
 
 def check_sampling(device: torch.device) -> None:

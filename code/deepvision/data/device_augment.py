@@ -31,6 +31,7 @@ class AugmentParams:
     """
 
     shape = (12,)
+    dtype = torch.float32
 
     def __init__(self, transforms: Compose | None, shape: tuple[int, ...]) -> None:
         self.steps = getattr(transforms, "transforms", [])
@@ -60,24 +61,29 @@ class AugmentParams:
         return compose(scale, (1, 0, (width - w) // 2, 0, 1, (height - h) // 2))
 
 
-class DeviceImages:
-    """All images (N, H, W, 3) as uint8 on a device; makes batches from `AugmentParams`' tensors."""
+class DeviceImages(AugmentParams):
+    """Images (N, H, W, 3), uint8 on a device, and the transforms that make batches of them there.
 
-    def __init__(self, images: Tensor, params: AugmentParams) -> None:
+    Raises:
+        UserError: as `AugmentParams`.
+    """
+
+    def __init__(self, images: Tensor, transforms: Compose | None) -> None:
+        super().__init__(transforms, images.shape[1:])
         self.images = images
-        self.source = torch.tensor(params.source, device=images.device)
+        self.size = torch.tensor(self.source, device=images.device)
         self.mean, self.std = (
             torch.tensor(v, device=images.device)[:, None, None]
-            for v in (params.normalize.mean, params.normalize.std)
+            for v in (self.normalize.mean, self.normalize.std)
         )
 
     def read(self, index: int) -> int:
         """The index: the image itself stays on the device."""
         return index
 
-    def device_transform(self, params: Tensor) -> Tensor:
+    def finish(self, params: Tensor, device: torch.device) -> Tensor:
         """(B, 12) -> normalised images (B, 3, h, w); rounds to grey levels where the CPU does."""
-        device, (width, height) = self.images.device, params[0, 10:].int().tolist()
+        width, height = params[0, 10:].int().tolist()
         params = params.to(device, non_blocking=True)
         warps, gains = params[:, 1:7].view(-1, 1, 1, 2, 3), params[:, 7:10, None, None]
         out_x = torch.arange(width, device=device)[:, None] + 0.5  # (w, 1)
@@ -85,10 +91,11 @@ class DeviceImages:
         x = self.images[params[:, 0].long()].permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         # sums, not a matrix product: TF32 would lose a tenth of a pixel
         seen_at = warps[..., 0] * out_x + warps[..., 1] * out_y + warps[..., 2]  # (B, h, w, 2)
-        grid = 2 * seen_at / self.source - 1
+        grid = 2 * seen_at / self.size - 1
         x = F.grid_sample(x, grid, padding_mode="border", align_corners=False).round_()
         x = x.mul_(gains).add_(0.5).clamp_(max=255).floor_()
         return (x / 255 - self.mean) / self.std
 
     def __getstate__(self) -> dict:
-        return {}  # workers call `read` only
+        """Nothing on the device travels to workers, which call `read` and `write` only."""
+        return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}

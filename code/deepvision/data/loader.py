@@ -33,6 +33,7 @@ from deepvision.runtime import memory
 from deepvision.runtime.errors import DEAD_WORKER, NO_MEMORY
 from utils import DamagedImageWarning, UserError
 
+CPU = torch.device("cpu")
 VALIDATION_BATCH = 100
 
 Key = tuple[int, int]  # (epoch, index)
@@ -113,9 +114,9 @@ class SeededDataset(Dataset):
             set_epoch(keys[0][0])
         if not (shape := getattr(self.dataset, "image_shape", None)):
             return [self.dataset[index] for index in map(self._seed, keys)]
-        images, (epoch, _), indices = _empty_batch(len(keys), *shape), keys[0], [i for _, i in keys]
-        draws = self.dataset.transforms.draws
-        u = uniform_table(self.seed, epoch, len(self), draws)[indices]
+        transforms, (epoch, _), indices = self.dataset.transforms, keys[0], [i for _, i in keys]
+        images = _empty_batch((len(keys), *shape), transforms.dtype)
+        u = uniform_table(self.seed, epoch, len(self), transforms.draws)[indices]
         return images, torch.tensor(self.dataset.write(indices, images.numpy(), u))
 
     def _seed(self, key: Key) -> int:
@@ -156,22 +157,29 @@ def _collected_damage() -> Iterator[list[str]]:
             )
 
 
-def _empty_batch(*shape: int) -> Tensor:
-    """Float32 memory for a batch; a worker's is shared with the trainer, as in default_collate."""
+def _empty_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a batch; a worker's is shared with the trainer, as in default_collate."""
     if get_worker_info() is None:
-        return torch.empty(shape)
-    storage = torch.UntypedStorage._new_shared(4 * math.prod(shape))
-    return torch.empty(0).set_(storage, 0, shape)
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 class SeededLoader(DataLoader):
     """A DataLoader over `SeededDataset` that works the same under every start method.
 
-    It raises a worker's UserError unchanged, and prints each damaged image once. A data set's
-    `device_transform`, where it has one, makes the images from what the workers deliver.
+    It raises a worker's UserError unchanged, and prints each damaged image once. Where the workers
+    write whole batches, the images are made from these on `device` (`transforms.finish`).
     """
 
-    def __init__(self, dataset: Dataset, batch_sampler, seed: int, workers: int, **options) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_sampler,
+        seed: int,
+        workers: int,
+        device: torch.device = CPU,
+    ) -> None:
         super().__init__(
             SeededDataset(dataset, seed),
             batch_sampler=batch_sampler,
@@ -181,9 +189,9 @@ class SeededLoader(DataLoader):
             worker_init_fn=worker_init,
             # DataLoader draws a seed for each pass: from here, not from the trainer's generator
             generator=torch.Generator(),
-            **options,
+            pin_memory=device.type == "cuda",
         )
-        self.device_transform = getattr(dataset, "device_transform", lambda images: images)
+        self.device = device
         self.workers_to_start = workers
         self.reported: set[str] = set()  # damaged images
 
@@ -193,9 +201,16 @@ class SeededLoader(DataLoader):
                 if isinstance(batch, UserError):
                     raise batch
                 self._report(damage)
-                yield self.device_transform(batch[0]), *batch[1:]
+                yield self._finish(batch)
         except (ConnectionError, EOFError):  # a worker died while it handed over a batch
             raise UserError(DEAD_WORKER.format(NO_MEMORY)) from None
+
+    def _finish(self, batch: list[Tensor]) -> tuple[Tensor, ...]:
+        """A batch with its images made from what the workers wrote, where they wrote it whole."""
+        dataset: Dataset = self.dataset.dataset
+        if not getattr(dataset, "image_shape", None):
+            return tuple(batch)
+        return dataset.transforms.finish(batch[0], self.device), *batch[1:]
 
     def _start_pass(self) -> Iterator:
         """torch's iterator; the first call starts the workers, which stay."""
@@ -278,12 +293,13 @@ def training_batches(
     batch_size: int,
     seed: int,
     workers: int,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
     share: slice = WHOLE,
 ) -> SeededLoader:
     """Shuffled batches (N, C, H, W), (N,); `batch_sampler.set_position` chooses epoch and batch.
 
-    share: the slice of each batch that this process of a distributed run takes.
+    device: the trainer's. share: the slice of each batch that this process of a distributed run
+    takes.
 
     Raises:
         UserError: there are fewer images than one batch takes, or the processes cannot share one
@@ -297,11 +313,11 @@ def training_batches(
             f"use -b {len(dataset)} or less"
         )
     sampler = ResumableBatchSampler(len(dataset), batch_size, seed, share)
-    return SeededLoader(dataset, sampler, seed, workers, pin_memory=pin_memory)
+    return SeededLoader(dataset, sampler, seed, workers, device)
 
 
 def validation_batches(
-    dataset: Dataset, workers: int, pin_memory: bool = False, share: slice = WHOLE
+    dataset: Dataset, workers: int, device: torch.device = CPU, share: slice = WHOLE
 ) -> SeededLoader:
     """All images in order, in batches of 100; random transforms repeat in every pass."""
     keys = [(0, index) for index in range(len(dataset))]
@@ -309,7 +325,7 @@ def validation_batches(
     if len(batches[-1]) < share.step and len(batches) > 1:  # an image for each process
         batches[-2:] = [batches[-2] + batches[-1]]
     shares = [batch[share] for batch in batches]
-    return SeededLoader(dataset, shares, 0, workers, pin_memory=pin_memory)
+    return SeededLoader(dataset, shares, 0, workers, device)
 
 
 def fixed_subset_batch(dataset: Dataset, size: int) -> tuple[Tensor, Tensor]:

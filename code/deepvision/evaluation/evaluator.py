@@ -51,8 +51,8 @@ class Evaluator:
         logs: Path,
     ) -> None:
         self.config, self.model, self.val_set, self.context = config, model, val_set, context
-        pin = context.device.type == "cuda"
-        self.batches = validation_batches(val_set, config.workers, pin, distributed.rank_slice())
+        share = distributed.rank_slice()
+        self.batches = validation_batches(val_set, config.workers, context.device, share)
         names = val_set.get_index_mapping()
         self.class_names = [names.get(str(k), str(k)) for k in range(val_set.num_classes)]
         run_dir = run_dir_of(config.resume, logs)

@@ -70,7 +70,7 @@ def mirrored_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, K), the sum over each image and its mirror image, and labels (N,)."""
     parts = []
-    batches = validation_batches(dataset, workers, share=distributed.rank_slice())
+    batches = validation_batches(dataset, workers, context.device, distributed.rank_slice())
     with progress_bar(len(batches), title) as bar:
         for x, y in batches:
             x, y = context.to_device(x, y)

@@ -413,9 +413,9 @@ def make_loaders(
 ) -> tuple[SeededLoader, SeededLoader]:
     """The loaders of training and validation batches; each rank gets its slice."""
     train_set, val_set = datasets
-    pin, part, workers = device.type == "cuda", distributed.rank_slice(), config.workers
-    batches = training_batches(train_set, config.batch_size, config.seed, workers, pin, part)
-    return batches, validation_batches(val_set, workers, pin, part)
+    part, workers = distributed.rank_slice(), config.workers
+    batches = training_batches(train_set, config.batch_size, config.seed, workers, device, part)
+    return batches, validation_batches(val_set, workers, device, part)
 
 
 def make_objective(config: RunConfig, num_classes: int, total_steps: int) -> Objective:
