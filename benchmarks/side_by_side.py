@@ -58,6 +58,22 @@ def seconds(variants: Variants, rounds: int, threads: int = 1) -> dict[str, list
     return {name: values[1:] for name, values in found.items()}
 
 
+def beside(prepare: Callable[[], Work], rounds: int, threads: int = 2) -> float:
+    """The speed of two processes that do the same work at once, each as a fraction of one alone."""
+    connections = [_start(prepare, threads) for _ in range(2)]
+
+    def run(some: list[Connection]) -> float:
+        for connection in some:
+            connection.send(True)
+        return statistics.mean(connection.recv() for connection in some)
+
+    run(connections)  # warm-up
+    ratios = [run(connections[:1]) / run(connections) for _ in range(rounds)]
+    for connection in connections:
+        connection.send(False)
+    return statistics.median(ratios)
+
+
 def _start(prepare: Callable[[], Work], threads: int) -> Connection:
     parent, child = multiprocessing.Pipe()
     fork = multiprocessing.get_context("fork")

@@ -5,20 +5,26 @@
 
 The course loop: separate transforms (benchmarks/input.py), NCHW layout, attention with explicit
 scores, `.item()` at every step. Ours: fused transforms, channels-last layout, the engine. Both load
-the images in the training process. Writes results/train_step_benchmark.{json,md}.
+the images in the training process. Another's convolution and ViT are those of
+tests/course/student_answer.py, unchanged. Writes results/train_step_benchmark.{json,md}.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in main.py, before torch starts
+
 import torch
 from input import COURSE, OURS, CourseImages, StepByStep
-from side_by_side import TIMES, Variants, Work, make_parser, measure, write
+from results_file import ROOT
+from side_by_side import TIMES, Variants, Work, beside, make_parser, measure, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -34,7 +40,15 @@ from deepvision.training.objectives import Standard
 from student_code import Attention, default_cnn_model, default_vit_model
 from utils import AverageMeter, LinearWarmupCosineAnnealingLR
 
-NETWORKS = {"SimpleNet": default_cnn_model, "SimpleViT": default_vit_model}
+sys.path.append(str(ROOT / "tests" / "course"))
+import student_answer  # noqa: E402
+
+NETWORKS = {
+    "SimpleNet": default_cnn_model,
+    "SimpleViT": default_vit_model,
+    "another's CustomConv2d": partial(default_cnn_model, conv_op=student_answer.CustomConv2d),
+    "another's ViT": partial(student_answer.SimpleViT, patch_size=16, embed_dim=192),
+}
 CPU = torch.device("cpu")
 
 
@@ -153,9 +167,13 @@ def main(argv: Sequence[str]) -> None:
     images, command = args.steps * args.batch_size, command_line(argv)
     rows = measure(NETWORKS, lambda name: variants(name, args), args.rounds, images)
     wait = data_wait(args)
-    note = f"{TIMES} Our loop with one worker waited for data {wait:.1%} of its wall time."
+    each = beside(variants("SimpleNet", args)["ours"], args.rounds)
+    note = (
+        f"{TIMES} Our loop with one worker waited for data {wait:.1%} of its wall time. Two of our "
+        f"loops at once, with two threads each, ran at {each:.2f} of the speed of one alone."
+    )
     title = "Training: course loop and ours"
-    write("train_step_benchmark", title, note, rows, command, data_wait=wait)
+    write("train_step_benchmark", title, note, rows, command, data_wait=wait, two_at_once=each)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ COLUMN = 5.2  # inches of a figure that is legible on a phone's screen
 PICTURE, PICTURE_DPI = 1.0, 128  # inches of an image: its 128 pixels are drawn one to one
 INK, GREY, RULE = "#202124", "#5f6368", "#dadce0"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MAX_NAMED, BLOCK, SHOWN_CLASSES = 40, 16, 20
+BLOCK, SHOWN_CLASSES = 16, 20
 LABEL_CHARS, CAPTION_CHARS, TITLE_CHARS = 26, 17, 15  # of a line in a figure
 
 STYLE = {
