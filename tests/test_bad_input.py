@@ -293,6 +293,7 @@ def command(tree, root):
 
 
 DEAD = (
+    r"(ERROR: Unexpected bus error .*\n\0?)?"  # written by a worker of torch 2.6 as it dies
     r"error: a process that loads images died \((memory may have run out, or )?/dev/shm is full\): "
     r"use -j 0, or --cache=device on a GPU; Docker gives /dev/shm more with --shm-size=8g\n"
 )

@@ -244,7 +244,7 @@ def expect_effect(found: Tensor, attack: Attack) -> None:
     clean, after, right = (
         losses.mean().item() for losses in target_losses(attack, attack.x, found, pgd(attack))
     )
-    if not abs(after - clean) > 0.1 * abs(right - clean):
+    if not abs(after - clean) > 0.2 * abs(right - clean):  # noise: 0.12 in one of a hundred
         hint = likely_mistake(found, attack) or "move along the gradient of the loss"
         raise CheckFailed("the attack has no effect on the network's logits", hint)
 

@@ -9,6 +9,7 @@ sandbox is ready. The second is the observation of the import.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -34,6 +35,8 @@ def main(job: dict) -> None:
     import self_check  # after confine, which holds for threads that are started later
     from checks.grading import observe
 
+    # the first optimizer would import it: seconds of a check's limit
+    importlib.import_module("torch._dynamo")
     sandbox.limit_resources(job["isolated"])
     send(job["pipe"], b"")
     nothing = os.open(os.devnull, os.O_RDWR)
