@@ -23,40 +23,45 @@ from student_code import (
 )
 from utils import AverageMeter, LinearWarmupCosineAnnealingLR
 
-root = sys.argv[1]
-torch.manual_seed(2024)
-train_set = MiniPlacesLoader(
-    root, label_file=None, num_classes=100, split="train", transforms=get_train_transforms()
-)
-val_set = MiniPlacesLoader(root, num_classes=100, split="val", transforms=get_val_transforms())
-train_loader = DataLoader(train_set, batch_size=16, shuffle=True, num_workers=1, drop_last=True)
-val_loader = DataLoader(val_set, batch_size=10, shuffle=False)
-assert set(map(type, train_set.get_index_mapping())) == {str}
-criterion = nn.CrossEntropyLoss()
-models = {
-    "cnn": default_cnn_model(num_classes=100),
-    "custom": default_cnn_model(conv_op=CustomConv2d, num_classes=100),
-    "vit": default_vit_model(num_classes=100),
-}
-for name, model in models.items():
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.05)
-    scheduler = LinearWarmupCosineAnnealingLR(optimizer, 2, 6)
-    losses = AverageMeter()
-    model.train()
-    for step, (images, target) in enumerate(train_loader):
-        loss = criterion(model(images), target)
-        losses.update(loss.data.item(), images.size(0))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        if step == 5:
-            break
-    model.eval()
-    attacker = default_attack(criterion)
-    images, target = next(iter(val_loader))
-    with torch.no_grad():
-        adversarial = attacker.perturb(model, images)
-        moved = (adversarial - images).abs().max().item()
-        grid = np.asarray(default_visfunction(adversarial, n_rows=5))
-    print(name, np.isfinite(losses.avg), round(moved, 4), grid.shape[0])
+
+def main(root):
+    torch.manual_seed(2024)
+    train_set = MiniPlacesLoader(
+        root, label_file=None, num_classes=100, split="train", transforms=get_train_transforms()
+    )
+    val_set = MiniPlacesLoader(root, num_classes=100, split="val", transforms=get_val_transforms())
+    train_loader = DataLoader(train_set, batch_size=16, shuffle=True, num_workers=1, drop_last=True)
+    val_loader = DataLoader(val_set, batch_size=10, shuffle=False)
+    assert set(map(type, train_set.get_index_mapping())) == {str}
+    criterion = nn.CrossEntropyLoss()
+    models = {
+        "cnn": default_cnn_model(num_classes=100),
+        "custom": default_cnn_model(conv_op=CustomConv2d, num_classes=100),
+        "vit": default_vit_model(num_classes=100),
+    }
+    for name, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.05)
+        scheduler = LinearWarmupCosineAnnealingLR(optimizer, 2, 6)
+        losses = AverageMeter()
+        model.train()
+        for step, (images, target) in enumerate(train_loader):
+            loss = criterion(model(images), target)
+            losses.update(loss.data.item(), images.size(0))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            if step == 5:
+                break
+        model.eval()
+        attacker = default_attack(criterion)
+        images, target = next(iter(val_loader))
+        with torch.no_grad():
+            adversarial = attacker.perturb(model, images)
+            moved = (adversarial - images).abs().max().item()
+            grid = np.asarray(default_visfunction(adversarial, n_rows=5))
+        print(name, np.isfinite(losses.avg), round(moved, 4), grid.shape[0])
+
+
+if __name__ == "__main__":  # workers may import this file
+    main(sys.argv[1])

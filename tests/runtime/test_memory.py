@@ -62,6 +62,7 @@ def test_training_on_the_cpu_reuses_freed_memory():
 
 
 FORK = """
+import multiprocessing
 from deepvision.runtime import memory
 from deepvision.data.loader import SeededLoader
 
@@ -69,6 +70,7 @@ class Numbers(torch.utils.data.Dataset):
     def __len__(self): return 2
     def __getitem__(self, index): return torch.zeros(1), index
 
+multiprocessing.set_start_method("fork", force=True)
 memory.retain_freed_memory()
 batches = SeededLoader(Numbers(), [[(0, 0)], [(0, 1)]], 0, workers={workers})
 for _ in range(2):

@@ -222,7 +222,7 @@ class SeededLoader(DataLoader):
             try:
                 return super().__iter__()
             except (pickle.PicklingError, AttributeError, TypeError) as e:
-                if "pickle" not in str(e):
+                if "pickle" not in str(e) and "local object" not in str(e):  # Python 3.13's words
                     raise
                 raise UserError(
                     f"the transforms cannot be sent to other processes ({e}): define their "
