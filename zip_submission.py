@@ -9,6 +9,12 @@ exists only on one computer. The same files always give the same bytes.
 
 from __future__ import annotations
 
+import signal
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import ast
 import os
@@ -209,9 +215,13 @@ if __name__ == "__main__":
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
+    signal.signal(signal.SIGINT, INTERRUPT)
     try:
         main(Path(__file__).resolve().parent)
     except Refused as e:
         sys.exit("\n".join(f"zip_submission.py: {line}" for line in e.args))
     except (OSError, UnicodeError) as e:
         sys.exit(f"zip_submission.py: cannot pack: {e}")
+    except KeyboardInterrupt:
+        print("zip_submission.py: stopped; submission.zip is as it was", file=sys.stderr)
+        sys.exit(130)

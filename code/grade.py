@@ -18,6 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from checks.grading import CPU_LIMIT, WALL_FACTOR
 from grader.classroom import Classroom
 from grader.gradebook import format_table, write_csv
@@ -121,6 +125,7 @@ def stop(*_: object) -> None:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
         stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGINT, INTERRUPT)
     signal.signal(signal.SIGTERM, stop)
     try:
         sys.exit(main())

@@ -10,10 +10,15 @@ tensorboard --logdir=../logs/RUN                    look at the curves and image
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Read when torch starts. Waiting threads then sleep: by default they spin, and two runs on one
 # machine take each other's cores.
@@ -44,7 +49,7 @@ from deepvision.models.registry import (
 )
 from deepvision.models.scene_net import SHAPES
 from deepvision.runtime import distributed
-from deepvision.runtime.console import protect_streams
+from deepvision.runtime.console import run_script
 from deepvision.runtime.device import (
     amp_problem,
     check_size,
@@ -233,5 +238,4 @@ def check_categories(ckpt: dict, dataset: MiniPlacesLoader, path: str) -> None:
 
 
 if __name__ == "__main__":
-    protect_streams()
-    sys.exit(main())
+    run_script(main, INTERRUPT)

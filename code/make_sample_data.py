@@ -11,10 +11,15 @@ The folder appears when it is complete; an existing one is not touched.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from itertools import product
 from pathlib import Path
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import cv2
 import numpy as np
@@ -371,4 +376,9 @@ def positive(text: str) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
         stream.reconfigure(errors="replace")
-    main()
+    signal.signal(signal.SIGINT, INTERRUPT)
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; nothing was made", file=sys.stderr)
+        sys.exit(130)

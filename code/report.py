@@ -11,11 +11,16 @@ the command runs again.
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from deepvision.config import OneLineParser, default_workers
 from deepvision.reporting import sections, writeup
@@ -23,7 +28,7 @@ from deepvision.reporting.analysis import RunAnalysis, analyse
 from deepvision.reporting.document import Document, Section, Text
 from deepvision.reporting.records import Run, read_runs
 from deepvision.runtime.atomic import write_atomically
-from deepvision.runtime.console import protect_streams
+from deepvision.runtime.console import run_script
 from deepvision.runtime.provenance import ROOT, commit
 from utils import UserError, relpath
 
@@ -145,8 +150,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Stopped; the report is not complete.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
-    protect_streams()
-    sys.exit(main())
+    run_script(main, INTERRUPT)

@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -27,6 +28,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from checks import attack, attention, blocks, conv, runs, submission, vit
 from checks.grading import CPU_LIMIT, SEED, Check, Result, observe, run
@@ -196,6 +201,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, INTERRUPT)
     for stream in (sys.stdout, sys.stderr):  # an encoding may lack characters of the output
         stream.reconfigure(errors="replace")
     try:

@@ -7,20 +7,24 @@ python reverse_attack/attack.py --norm all --attack-suite standard --limit 1000
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # as a script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
 
-if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+import torch
 
 from deepvision.attacks import PGD, AutoAttack, lp_norm
 from deepvision.attacks.autoattack import VERSIONS
 from deepvision.config import at_least
 from deepvision.evaluation.robust_eval import attack_errors, evaluate_robustness
+from deepvision.runtime.console import run_script
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import attack_sets, classifier, options
 from reverse_attack.attack_sets import ATTACKS, NORMS, AttackSet
@@ -194,4 +198,4 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, INTERRUPT)

@@ -7,15 +7,19 @@ python reverse_attack/evaluate.py --protocol full     # for a GPU
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # as a script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
 
 from deepvision.config import at_least
+from deepvision.runtime.console import run_script
 from deepvision.runtime.provenance import ROOT
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import classifier, data, heads, options, results_report
@@ -85,4 +89,4 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, INTERRUPT)

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # as a script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
+
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deepvision.attacks import PGD
 from deepvision.attacks.losses import cross_entropy
 from deepvision.config import at_least
 from deepvision.evaluation.statistics import wilson
 from deepvision.runtime.atomic import write_atomically
+from deepvision.runtime.console import run_script
 from deepvision.runtime.jsonl import read_json
 from deepvision.runtime.provenance import ROOT
 from deepvision.runtime.run_dir import LOGS, new_run_dir, run_dir_of
@@ -252,4 +256,4 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, INTERRUPT)

@@ -7,22 +7,26 @@ python reverse_attack/inference.py --task random --norm l_inf      # noise of th
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # as a script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from deepvision.config import at_least
 from deepvision.evaluation.robust_eval import attack_errors
 from deepvision.evaluation.statistics import Paired, percent
+from deepvision.runtime.console import run_script
 from deepvision.runtime.run_dir import LOGS, append_evaluation, new_run_dir, run_dir_of
 from reverse_attack import attack_sets, classifier, data, heads, options
 from reverse_attack.attack_sets import NORMS
@@ -186,4 +190,4 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, INTERRUPT)

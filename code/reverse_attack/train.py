@@ -7,15 +7,19 @@ python reverse_attack/train.py --task SSL --loss Cosine --n-views 4 --batch-size
 
 from __future__ import annotations
 
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # as a script
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
 
 from deepvision.config import at_least
+from deepvision.runtime.console import run_script
 from deepvision.runtime.run_dir import LOGS
 from deepvision.training.objectives import STEPS
 from reverse_attack import options
@@ -77,4 +81,4 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, INTERRUPT)

@@ -2,9 +2,15 @@
 
 import errno
 import io
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+import main
 from deepvision.runtime.console import SafeStream, final_line
 from deepvision.runtime.meters import Metrics
 
@@ -38,3 +44,27 @@ def test_other_errors_are_raised():
 
 def test_the_line_that_scripts_grep_for():
     assert final_line(Metrics(1.0, 52.24, 81.72)) == "******Acc@1 52.240 Acc@5 81.720"
+
+
+CODE = Path(main.__file__).parent
+SCRIPTS = [
+    str(path.relative_to(CODE))
+    for path in sorted([*CODE.glob("*.py"), *CODE.glob("reverse_attack/*.py")])
+    if '\nif __name__ == "__main__":' in path.read_text()
+]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sees in /proc what a process has loaded")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_during_the_imports_has_no_traceback(script):
+    """Some libraries swallow a KeyboardInterrupt there, or turn it into another error."""
+    assert len(SCRIPTS) > 10
+    command = [sys.executable, script, "nothing"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=CODE, **pipes)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -51,6 +53,18 @@ def protect_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         setattr(sys, name, SafeStream(stream))
+
+
+def run_script(main: Callable[[], int], interrupt: signal.Handlers | Callable | None) -> NoReturn:
+    """Run a script's `main` with protected streams; exit with its code.
+
+    interrupt: the handler of SIGINT, which the script has replaced while it imported modules.
+    """
+    protect_streams()
+    signal.signal(signal.SIGINT, interrupt)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor a traceback from Python's own end
+    sys.exit(code)
 
 
 def progress_bar(total: int, name: str | None = None, start: int = 0) -> tqdm:
