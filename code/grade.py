@@ -11,16 +11,17 @@ Exit status 0 means that every submission has its marks.
 
 from __future__ import annotations
 
-import argparse
-import os
 import signal
-import sys
-from collections.abc import Sequence
-from pathlib import Path
 
 INTERRUPT = signal.getsignal(signal.SIGINT)
 if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from checks.grading import CPU_LIMIT, WALL_FACTOR
 from grader.classroom import Classroom

@@ -9,16 +9,17 @@ tensorboard --logdir=../logs/RUN                    look at the curves and image
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 INTERRUPT = signal.getsignal(signal.SIGINT)
 if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 # Read when torch starts. Waiting threads then sleep: by default they spin, and two runs on one
 # machine take each other's cores.

@@ -10,16 +10,17 @@ The folder appears when it is complete; an existing one is not touched.
 
 from __future__ import annotations
 
-import argparse
 import signal
-import sys
-import tempfile
-from itertools import product
-from pathlib import Path
 
 INTERRUPT = signal.getsignal(signal.SIGINT)
 if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
 
 import cv2
 import numpy as np

@@ -12,15 +12,16 @@ the command runs again.
 from __future__ import annotations
 
 import signal
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-
-INTERRUPT = signal.getsignal(signal.SIGINT)
-if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from deepvision.config import OneLineParser, default_workers
 from deepvision.reporting import sections, writeup

@@ -14,12 +14,17 @@ may fail in any way, but it could also change its marks. grade.py runs it in ano
 
 from __future__ import annotations
 
+import signal
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
 import textwrap
 import threading
@@ -28,10 +33,6 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TextIO
-
-INTERRUPT = signal.getsignal(signal.SIGINT)
-if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from checks import attack, attention, blocks, conv, runs, submission, vit
 from checks.grading import CPU_LIMIT, SEED, Check, Result, observe, run

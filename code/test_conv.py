@@ -10,12 +10,13 @@ ends the check with exit status 1.
 
 from __future__ import annotations
 
-import argparse
 import signal
-import sys
 
 if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import sys
 
 import torch
 import torch.nn.functional as F

@@ -6,17 +6,20 @@ python reverse_attack/evaluate.py --protocol full     # for a GPU
 
 from __future__ import annotations
 
-import dataclasses
 import signal
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import dataclasses
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-INTERRUPT = signal.getsignal(signal.SIGINT)
-if __name__ == "__main__":  # as a script
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deepvision.config import at_least
 from deepvision.runtime.console import run_script

@@ -6,19 +6,22 @@ python reverse_attack/figures.py --only iterations loss_curve
 
 from __future__ import annotations
 
+import signal
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import importlib.util
 import json
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-INTERRUPT = signal.getsignal(signal.SIGINT)
-if __name__ == "__main__":  # as a script
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # modules are found from code/
+if __name__ == "__main__":  # as a script: modules are found from code/, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
