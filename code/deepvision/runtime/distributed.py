@@ -67,7 +67,7 @@ def init_process_group(backend: str) -> None:
     """Initialise the process group.
 
     torchrun keeps its store across restarts, with the addresses of processes that have died. So
-    each attempt uses its own prefix.
+    each attempt uses its own prefix; TORCHELASTIC_RESTART_COUNT differs between nodes.
     """
     store, rank, world_size = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(name_attempt(store, rank, world_size), store)
