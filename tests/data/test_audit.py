@@ -29,7 +29,8 @@ def problems(root, capsys, workers=0):
     lines = capsys.readouterr().out.splitlines()
     found = [line.removeprefix("problem: ") for line in lines if line.startswith("problem: ")]
     assert code == bool(found)
-    assert lines[-1] == (f"{len(found)} problems" if found else "No problems found.")
+    plural = "s" * (len(found) > 1)
+    assert lines[-1] == (f"{len(found)} problem{plural}" if found else "No problems found.")
     return found
 
 

@@ -40,7 +40,8 @@ def check(root: str | Path, workers: int) -> int:
         print(f"problem: {line}")
     if len(problems) > SHOWN:
         print(f"... and {len(problems) - SHOWN} more")
-    print(f"{len(problems)} problems" if problems else "No problems found.")
+    n = len(problems)
+    print(f"{n} problem{'s' * (n > 1)}" if problems else "No problems found.")
     return 1 if problems else 0
 
 
