@@ -223,5 +223,5 @@ if __name__ == "__main__":
     except (OSError, UnicodeError) as e:
         sys.exit(f"zip_submission.py: cannot pack: {e}")
     except KeyboardInterrupt:
-        print("zip_submission.py: stopped; submission.zip is as it was", file=sys.stderr)
+        print("zip_submission.py: stopped; run it again", file=sys.stderr)
         sys.exit(130)

@@ -381,5 +381,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; nothing was made", file=sys.stderr)
+        print("stopped; run it again", file=sys.stderr)
         sys.exit(130)
