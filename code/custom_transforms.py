@@ -350,7 +350,7 @@ def _train(images, out, u, scale, flip, color, rotate, crop, *_) -> None:
         # OpenCV splits twice as fast into planes that exist
         planes = list(_scratch("planes", 4, height, width))
         cv2.split(warped, planes)
-        for plane, gain in zip(planes, rgb, strict=False):
+        for plane, gain in zip(planes[:3], rgb, strict=True):
             cv2.convertScaleAbs(plane, plane, gain)
         cv2.merge(planes[:3], result)
 

@@ -81,9 +81,10 @@ class DeviceImages(AugmentParams):
         """The index: the image itself stays on the device."""
         return index
 
-    def finish(self, params: Tensor, device: torch.device) -> Tensor:
-        """(B, 12) -> normalised images (B, 3, h, w); rounds to grey levels where the CPU does."""
-        width, height = params[0, 10:].int().tolist()
+    def finish(self, params: Tensor, _: torch.device) -> Tensor:
+        """(B, 12) -> normalised images (B, 3, h, w) where all images are, whatever the loader's
+        device; rounds to grey levels where the CPU does."""
+        device, (width, height) = self.images.device, params[0, 10:].int().tolist()
         params = params.to(device, non_blocking=True)
         warps, gains = params[:, 1:7].view(-1, 1, 1, 2, 3), params[:, 7:10, None, None]
         out_x = torch.arange(width, device=device)[:, None] + 0.5  # (w, 1)

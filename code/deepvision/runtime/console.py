@@ -55,7 +55,7 @@ def protect_streams() -> None:
         setattr(sys, name, SafeStream(stream))
 
 
-def run_script(main: Callable[[], int], interrupt: signal.Handlers | Callable | None) -> NoReturn:
+def run_script(main: Callable[[], int], interrupt: signal.Handlers | Callable) -> NoReturn:
     """Run a script's `main` with protected streams; exit with its code.
 
     interrupt: the handler of SIGINT, which the script has replaced while it imported modules.
