@@ -41,9 +41,8 @@ def with_mishap(*lines: str) -> str:
     return ANSWER.replace(IN_MODULE, IN_MODULE + block)
 
 
-def with_import(*lines: str, wrong: bool = False) -> str:
-    """The answer, with these lines run at import; wrong: its attention is, too."""
-    answer = ANSWER.replace(".softmax(-1)", "") if wrong else ANSWER
+def with_import(*lines: str, answer: str = ANSWER) -> str:
+    """An answer, with these lines run at import."""
     return "\n".join([answer, "import os, shutil, sys", *lines, ""])
 
 
@@ -55,20 +54,31 @@ def mishaps(out: Path) -> dict[str, str]:
     forged = f"{out}/loops/results.json", f"{out}/tampers/results.json", "results.json"
     return {
         "loops": with_mishap("while True: pass"),
-        "exits": with_mishap("sys.exit(0)"),
         "exits at once": with_mishap("os._exit(0)"),
-        "forks": with_mishap("while True:", "    try: os.fork()", "    except OSError: pass"),
-        "allocates": with_mishap("self.hoard = [torch.ones(2**25) for _ in iter(int, 1)]"),
-        "asleep": with_mishap("time.sleep(1e6)"),
-        "fills the disk": with_mishap(
-            "while True:", "    open(str(time.time()), 'wb').write(bytes(2**25))"
-        ),
-        "kills": with_mishap("os.killpg(os.getpgid(os.getppid()), 9)", "os.kill(-1, 9)"),
-        "prints and deletes": with_import(
+        "prints, deletes and exits": with_import(
             "print('x' * 10**7)",
             "os.write(2, bytes(10**7))",
             "shutil.rmtree(os.getcwd(), ignore_errors=True)",
+            answer=with_mishap("sys.exit(0)"),
         ),
+        "kills and forks": with_mishap(
+            "try: os.killpg(os.getpgid(os.getppid()), 9)",
+            "except OSError: pass",
+            "try: os.kill(-1, 9)",
+            "except OSError: pass",
+            "while True:",
+            "    try: os.fork()",
+            "    except OSError: pass",
+        ),
+        "fills memory and disk": with_mishap(
+            "hoard = []",
+            "try:",
+            "    while True: hoard.append(torch.ones(2**25))",
+            "except RuntimeError: hoard = None",
+            "while True:",
+            "    open(str(time.time()), 'wb').write(bytes(2**25))",
+        ),
+        "asleep": with_mishap("time.sleep(1e6)"),
         "tampers": with_import(
             "import builtins, checks.grading, self_check",
             "yes = lambda *args, **kwargs: True",
@@ -79,9 +89,11 @@ def mishaps(out: Path) -> dict[str, str]:
             f"for path in {forged}:",
             "    try: open(path, 'w').write('{\"score\": 100}')",
             "    except OSError: pass",
-            wrong=True,
+            f"copy = {str(out.parent / 'class' / 'loops.py')!r}",
+            "try: exec(open(copy).read())  # another's attention, which is right",
+            "except PermissionError: pass",
+            answer=ANSWER.replace(".softmax(-1)", ""),
         ),
-        "copies": with_import(f"exec(open({str(out.parent / 'class' / 'loops.py')!r}).read())"),
     }
 
 
@@ -163,13 +175,11 @@ def test_a_right_answer_loses_nothing_to_the_others(graded):
 
 HARMFUL = [
     "loops",
-    "exits",
     "exits at once",
-    "forks",
-    "allocates",
+    "prints, deletes and exits",
+    "kills and forks",
+    "fills memory and disk",
     "asleep",
-    "fills the disk",
-    "kills",
 ]
 
 
@@ -178,19 +188,9 @@ def test_a_mishap_costs_the_check_that_meets_it_alone(graded, name):
     assert lost(graded[0], name) == {CNN_CHECK}
 
 
-def test_what_harms_nobody_costs_nothing(graded):
-    assert lost(graded[0], "prints and deletes") == set()
-
-
-def test_a_wrong_answer_wins_nothing_by_changed_functions_and_forged_files(graded):
+def test_a_wrong_answer_wins_nothing_by_changed_functions_forged_files_and_copies(graded):
     attention = {"softmax attention, head by head", "large scores, against PyTorch's own"}
     assert {f"attention: {name}" for name in attention} <= lost(graded[0], "tampers")
-
-
-def test_a_submission_cannot_read_another(graded):
-    record = json.loads((graded[0] / "copies" / "results.json").read_text())
-    assert record["score"] == 0
-    assert "PermissionError" in record["tests"][0]["output"]
 
 
 def test_the_table_the_csv_and_the_reports(graded):
@@ -202,7 +202,7 @@ def test_the_table_the_csv_and_the_reports(graded):
     assert rows["broken"]["total"] == "" and "refused: the zip is damaged" in rows["broken"]["note"]
     assert rows["Zoë O'Neil_123"]["total"] == rows["Zoë O'Neil_123"]["max_total"]
     assert rows["Zoë O'Neil_123"]["file"] == "hw 2/code/student_code.py"
-    assert float(rows["loops"]["total"]) == float(rows["exits"]["total"])
+    assert float(rows["loops"]["total"]) == float(rows["exits at once"]["total"])
     assert CNN_CHECK.split(": ")[1] in (out / "loops" / "report.txt").read_text()
     for name, row in rows.items():
         marks = f"{float(row['total']):g}/8" if row["total"] else "-"

@@ -1,5 +1,7 @@
 """main.py as its users run it: whole runs in separate processes, on the drawn sample data."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -34,12 +36,21 @@ def command(tree, *words):
     return {"args": [sys.executable, "main.py", *map(str, words)], "cwd": tree / "code"}
 
 
-def run(tree, *words, code=0):
+def run(tree, *words):
     done = subprocess.run(
         **command(tree, *words), capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout if code == 0 else done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def call(tree, *words, code=0):
+    """The same in this process, without the seconds that imports take."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main.main([str(word) for word in words], tree / "logs")
+    assert status == code, out.getvalue() + err.getvalue()
+    return out.getvalue() if code == 0 else err.getvalue()
 
 
 def runs(tree):
@@ -129,7 +140,7 @@ def test_tensorboard_shows_the_settings_beside_the_best_accuracy(trained):
 def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained, sample_root):
     _, folder = trained
     best = folder / "models/model_best.pth.tar"
-    out = run(tree, sample_root, f"--resume={best}", "-e", "-v", *CPU)
+    out = call(tree, sample_root, f"--resume={best}", "-e", "-v", *CPU)
     finals = [line for line in out.splitlines() if line.startswith("******")]
     assert len(finals) == 2
     acc1 = torch.load(best, weights_only=True)["best_acc1"]
@@ -137,7 +148,7 @@ def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained
     rows = (folder / "evaluations.jsonl").read_text().splitlines()
     mirrored = json.loads(rows[-1])["mirrored_top1"]
     assert len(rows) == 1 and finals[1].startswith(f"******Acc@1 {mirrored:.3f} ")
-    again = run(tree, sample_root, f"--resume={best}", "-e", *CPU)
+    again = call(tree, sample_root, f"--resume={best}", "-e", *CPU)
     assert [line for line in again.splitlines() if line.startswith("******")] == finals
     images = EventAccumulator(str(folder)).Reload().Images("Image/Image")
     assert [image.step for image in images] == [0]
@@ -146,7 +157,7 @@ def test_evaluation_tells_the_plain_and_last_the_mirrored_accuracy(tree, trained
 
 def test_attack_tells_both_accuracies_its_budget_and_shows_pictures(tree, trained, sample_root):
     _, folder = trained
-    out = run(tree, sample_root, f"--resume={folder}/models/model_best.pth.tar", "-a", "-v", *CPU)
+    out = call(tree, sample_root, f"--resume={folder}/models/model_best.pth.tar", "-a", "-v", *CPU)
     finals = re.findall(r"^\*{6}Acc@1 (\S+)", out, re.M)
     best = torch.load(folder / "models/model_best.pth.tar", weights_only=True)
     assert len(finals) == 2 and finals[0] == f"{best['best_acc1']:.3f}"
@@ -211,8 +222,8 @@ def test_a_finished_run_goes_on_with_more_epochs(tree, trained, sample_root, tmp
     folder = tree / "logs" / "torch_conv_exp_2000-01-01_00-00-00"
     shutil.copytree(whole, folder)
     last = f"--resume={folder}/models/checkpoint.pth.tar"
-    assert "raise --epochs" in run(tree, sample_root, "--epochs=3", last, *CPU)
-    run(tree, sample_root, "--epochs=4", "--warmup=1", "--lr=0.02", last, *CPU)
+    assert "raise --epochs" in call(tree, sample_root, "--epochs=3", last, *CPU)
+    call(tree, sample_root, "--epochs=4", "--warmup=1", "--lr=0.02", last, *CPU)
     rows = without_clock(folder)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert rows[:3] == without_clock(whole)
@@ -230,7 +241,7 @@ def test_an_old_course_checkpoint_resumes(tree, trained, sample_root, tmp_path):
     torch.save(old, tmp_path / "old.pth.tar")
     time.sleep(1)
     before = runs(tree)
-    out = run(
+    out = call(
         tree, sample_root, "--epochs=4", "--lr=0.01", f"--resume={tmp_path}/old.pth.tar", *CPU
     )
     assert "no optimizer state" in out and "Epoch: [4][0/" in out and "Epoch: [1]" not in out
@@ -247,12 +258,12 @@ def test_an_old_course_checkpoint_resumes(tree, trained, sample_root, tmp_path):
 )
 def test_each_kind_trains_and_is_recognised(tree, sample_root, flags, kind, network):
     time.sleep(1)
-    run(tree, sample_root, "--epochs=1", *flags, *CPU)
+    call(tree, sample_root, "--epochs=1", *flags, *CPU)
     folder = runs(tree)[-1]
     assert folder.name.startswith(f"{kind}_exp_")
     losses = [v for _, v in scalars(folder, "data/training_loss")]
     assert all(0 < v < 100 for v in losses)
-    out = run(tree, sample_root, f"--resume={folder}/models/model_best.pth.tar", "-e", *CPU)
+    out = call(tree, sample_root, f"--resume={folder}/models/model_best.pth.tar", "-e", *CPU)
     assert f"{network}, epochs done: 1" in out
 
 
@@ -335,12 +346,12 @@ def test_an_unreadable_image_stops_the_run_by_name(tree, sample_root, tmp_path):
     shutil.copytree(sample_root, root)
     name = (root / "train.txt").read_text().split()[0]
     (root / "images" / name).write_bytes(b"<html>not found</html>")
-    err = run(tree, root, "--epochs=1", *CPU, code=1)
+    err = call(tree, root, "--epochs=1", *CPU, code=1)
     assert name in err and "Traceback" not in err
 
 
 def test_missing_data_is_one_line(tree, tmp_path):
-    err = run(tree, tmp_path / "nowhere", "--epochs=1", *CPU, code=1)
+    err = call(tree, tmp_path / "nowhere", "--epochs=1", *CPU, code=1)
     assert "nowhere" in err and len(err.strip().splitlines()) == 1
 
 

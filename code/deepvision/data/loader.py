@@ -199,7 +199,10 @@ class SeededLoader(DataLoader):
         try:
             for batch, damage in self._start_pass():
                 if isinstance(batch, UserError):
-                    raise batch
+                    try:
+                        raise batch
+                    finally:  # no cycle of error and frame: collected, workers are waited for 5 s
+                        del batch
                 self._report(damage)
                 yield self._finish(batch)
         except (ConnectionError, EOFError):  # a worker died while it handed over a batch
