@@ -41,7 +41,7 @@ def main(root):
     }
     for name, model in models.items():
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.001, weight_decay=0.05)
-        scheduler = LinearWarmupCosineAnnealingLR(optimizer, 2, 6)
+        scheduler = LinearWarmupCosineAnnealingLR(optimizer, 1, 3)
         losses = AverageMeter()
         model.train()
         for step, (images, target) in enumerate(train_loader):
@@ -51,7 +51,7 @@ def main(root):
             loss.backward()
             optimizer.step()
             scheduler.step()
-            if step == 5:
+            if step == 2:
                 break
         model.eval()
         attacker = default_attack(criterion)
