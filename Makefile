@@ -41,8 +41,8 @@ test: .venv/test.stamp
 	$(VENV)/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest $(PARALLEL)
 
-# A module's tests share what they start from: they run in one process, the largest modules first
-PARALLEL = -n auto --maxprocesses 4 --dist loadscope
+# A module's tests share what they start from: they run in one process, in the order of conftest.py
+PARALLEL = -n auto --dist loadscope --no-loadscope-reorder
 
 # The lowest versions that requirements.txt allows, in .venv-lowest
 test-lowest: .venv-lowest/stamp

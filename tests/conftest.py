@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,20 @@ torch.set_num_threads(1)
 
 # A shell starts background jobs with Ctrl-C ignored; the tests' processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# They wait for time limits and other processes, so they start first
+LONGEST = ("test_grade.py", "test_distributed.py", "test_loader.py", "test_main.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores, for the tests that wait."""
+    return min(4, os.cpu_count() + 1)
 
 
 @pytest.fixture(scope="session")

@@ -207,7 +207,7 @@ def test_a_stopped_run_resumes_to_the_very_same_end(tree, trained, sample_root, 
             re.M,
         )
         assert torch.load(last, weights_only=True)["progress"]["position"] > 0
-    run(tree, sample_root, *words, f"--resume={last}")
+    call(tree, sample_root, *words, f"--resume={last}")
     assert same(weights(folder), weights(whole))
     best = "model_best.pth.tar"
     assert same(weights(folder, best), weights(whole, best))
