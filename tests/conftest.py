@@ -52,6 +52,6 @@ def packs(tmp_path_factory) -> Path:
 def sample_root(tmp_path_factory) -> Path:
     """A small drawn data set in the official layout; read only, as all tests share it."""
     folder = tmp_path_factory.mktemp("sample") / "scenes"
-    command = [sys.executable, "make_sample_data.py", str(folder), "--train", "8", "--val", "4"]
+    command = [sys.executable, "make_sample_data.py", str(folder), "--train", "8", "--val", "3"]
     subprocess.run(command, cwd=ROOT / "code", check=True, stdout=subprocess.DEVNULL)
     return folder
