@@ -51,3 +51,9 @@ def test_shell_scripts_have_help(tmp_path):
         command = ["bash", str(ROOT / script), "--help"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and Path(script).name in done.stdout, done.stderr
+
+
+def test_the_readme_of_the_benchmarks_names_every_file():
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    names = {path.name for path in (ROOT / "benchmarks").iterdir() if path.is_file()}
+    assert {name for name in names if f"`{name}`" not in readme} <= {"README.md"}
