@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -272,6 +273,18 @@ def test_samples_and_errors_are_the_same_under_every_start_method(root, start_me
     data, bad = bad_root(root)
     with pytest.raises(UserError, match=f"^cannot read the image {bad}: it is damaged or not an i"):
         list(training_batches(data, 4, 1, workers=1))
+
+
+def test_a_bad_image_ends_the_workers_at_once(root):
+    """Not when the cycle of an error and its frame is collected: torch then waits 5 s."""
+    data, bad = bad_root(root)
+    gc.disable()
+    try:
+        with pytest.raises(UserError, match=f"^cannot read the image {bad}"):
+            list(training_batches(data, 4, 1, workers=1))
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_a_damaged_image_is_reported_once(root, capfd):

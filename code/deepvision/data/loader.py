@@ -199,10 +199,9 @@ class SeededLoader(DataLoader):
         try:
             for batch, damage in self._start_pass():
                 if isinstance(batch, UserError):
-                    try:
-                        raise batch
-                    finally:  # no cycle of error and frame: collected, workers are waited for 5 s
-                        del batch
+                    # a copy: an error and the frame that holds it are a cycle, and where workers
+                    # are garbage of a cycle, torch waits 5 s for them
+                    raise UserError(*batch.args)
                 self._report(damage)
                 yield self._finish(batch)
         except (ConnectionError, EOFError):  # a worker died while it handed over a batch
