@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -27,12 +26,6 @@ LONGEST = ("test_grade.py", "test_distributed.py", "test_loader.py", "test_main.
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores, for the tests that wait."""
-    return min(4, os.cpu_count() + 1)
 
 
 @pytest.fixture(scope="session")
