@@ -41,9 +41,8 @@ test: .venv/test.stamp
 	$(VENV)/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/python -m pytest $(PARALLEL)
 
-# A module's tests share what they start from: they run in one process, in the order of conftest.py.
-# Four processes, even on two cores: many tests wait for time limits or for other processes
-PARALLEL = -n 4 --dist loadscope --no-loadscope-reorder
+# A module's tests share what they start from: they run in one process, in the order of conftest.py
+PARALLEL = -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 # The lowest versions that requirements.txt allows, in .venv-lowest
 test-lowest: .venv-lowest/stamp
