@@ -272,22 +272,42 @@ def test_without_root(open_folder):
     assert (folder / "right.py").read_text() == ANSWER
 
 
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        ([], "name either SUBMISSIONS or --gradescope"),
-        (["nowhere"], "there is no folder nowhere"),
-        (["."], "there is no submission in ."),
-        ([".", "--jobs", "0"], "--jobs must be at least 1"),
-        ([".", "--cpu-limit", "soon"], "invalid float value"),
-        (["--gradescope", "no/where.zip"], "cannot pack no/where.zip"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path, words, problem):
-    grade = [sys.executable, str(ROOT / "code" / "grade.py"), *words]
-    done = subprocess.run(grade, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1
-    assert problem in done.stderr and not list(tmp_path.iterdir())
+MISTAKES = [
+    ([], "name either SUBMISSIONS or --gradescope"),
+    (["nowhere"], "there is no folder nowhere"),
+    (["."], "there is no submission in ."),
+    ([".", "--jobs", "0"], "--jobs must be at least 1"),
+    ([".", "--cpu-limit", "soon"], "invalid float value"),
+    (["--gradescope", "no/where.zip"], "cannot pack no/where.zip"),
+]
+
+# All command lines in one process, which imports torch once; prints [[status, error], ...] as JSON
+CHILD = """
+import contextlib, io, json, runpy, sys
+found = []
+for words in json.loads(sys.argv[1]):
+    error, sys.argv[1:] = io.TextIOWrapper(io.BytesIO()), words
+    with contextlib.redirect_stderr(error):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as e:  # with a status, or the line to print
+            status, line = (e.code, "") if isinstance(e.code, int) else (1, f"{e.code}\\n")
+            error.flush()
+            found.append([status, error.buffer.getvalue().decode() + line])
+print(json.dumps(found))
+"""
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    grade = str(ROOT / "code" / "grade.py")
+    code = f"import sys; del sys.argv[0]; sys.path[0] = {str(ROOT / 'code')!r}{CHILD}"
+    words = json.dumps([words for words, _ in MISTAKES])
+    command = [sys.executable, "-c", code, grade, words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    for (status, error), (_, problem) in zip(found, MISTAKES, strict=True):
+        assert status in (1, 2) and problem in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_isolation_works_here():

@@ -31,7 +31,7 @@ def main(root):
     )
     val_set = MiniPlacesLoader(root, num_classes=100, split="val", transforms=get_val_transforms())
     train_loader = DataLoader(train_set, batch_size=16, shuffle=True, num_workers=1, drop_last=True)
-    val_loader = DataLoader(val_set, batch_size=10, shuffle=False)
+    val_loader = DataLoader(val_set, batch_size=4, shuffle=False)
     assert set(map(type, train_set.get_index_mapping())) == {str}
     criterion = nn.CrossEntropyLoss()
     models = {
