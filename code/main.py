@@ -50,7 +50,7 @@ from deepvision.models.registry import (
 )
 from deepvision.models.scene_net import SHAPES
 from deepvision.runtime import distributed
-from deepvision.runtime.console import run_script
+from deepvision.runtime.console import script
 from deepvision.runtime.device import (
     amp_problem,
     check_size,
@@ -239,4 +239,5 @@ def check_categories(ckpt: dict, dataset: MiniPlacesLoader, path: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, INTERRUPT)
+    with script(INTERRUPT):
+        sys.exit(main())

@@ -29,7 +29,7 @@ from deepvision.reporting.analysis import RunAnalysis, analyse
 from deepvision.reporting.document import Document, Section, Text
 from deepvision.reporting.records import Run, read_runs
 from deepvision.runtime.atomic import write_atomically
-from deepvision.runtime.console import run_script
+from deepvision.runtime.console import script
 from deepvision.runtime.provenance import ROOT, commit
 from utils import UserError, relpath
 
@@ -157,4 +157,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, INTERRUPT)
+    with script(INTERRUPT):
+        sys.exit(main())

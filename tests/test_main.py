@@ -1,4 +1,4 @@
-"""main.py as its users run it: whole runs in separate processes, on the drawn sample data."""
+"""main.py as its users run it, on the drawn sample data; in its own process where that matters."""
 
 import contextlib
 import io

@@ -27,7 +27,7 @@ from deepvision.attacks import PGD, AutoAttack, lp_norm
 from deepvision.attacks.autoattack import VERSIONS
 from deepvision.config import at_least
 from deepvision.evaluation.robust_eval import attack_errors, evaluate_robustness
-from deepvision.runtime.console import run_script
+from deepvision.runtime.console import script
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import attack_sets, classifier, options
 from reverse_attack.attack_sets import ATTACKS, NORMS, AttackSet
@@ -201,4 +201,5 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, INTERRUPT)
+    with script(INTERRUPT):
+        sys.exit(main())

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # as a script: modules are found from code/, not fro
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deepvision.config import at_least
-from deepvision.runtime.console import run_script
+from deepvision.runtime.console import script
 from deepvision.runtime.provenance import ROOT
 from deepvision.runtime.run_dir import LOGS
 from reverse_attack import classifier, data, heads, options, results_report
@@ -92,4 +92,5 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, INTERRUPT)
+    with script(INTERRUPT):
+        sys.exit(main())

@@ -31,7 +31,7 @@ from deepvision.attacks.losses import cross_entropy
 from deepvision.config import at_least
 from deepvision.evaluation.statistics import wilson
 from deepvision.runtime.atomic import write_atomically
-from deepvision.runtime.console import run_script
+from deepvision.runtime.console import script
 from deepvision.runtime.jsonl import read_json
 from deepvision.runtime.provenance import ROOT
 from deepvision.runtime.run_dir import LOGS, new_run_dir, run_dir_of
@@ -259,4 +259,5 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, INTERRUPT)
+    with script(INTERRUPT):
+        sys.exit(main())

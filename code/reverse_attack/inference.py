@@ -29,7 +29,7 @@ from torch import Tensor
 from deepvision.config import at_least
 from deepvision.evaluation.robust_eval import attack_errors
 from deepvision.evaluation.statistics import Paired, percent
-from deepvision.runtime.console import run_script
+from deepvision.runtime.console import script
 from deepvision.runtime.run_dir import LOGS, append_evaluation, new_run_dir, run_dir_of
 from reverse_attack import attack_sets, classifier, data, heads, options
 from reverse_attack.attack_sets import NORMS
@@ -193,4 +193,5 @@ def main(argv: Sequence[str] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, INTERRUPT)
+    with script(INTERRUPT):
+        sys.exit(main())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -55,16 +56,18 @@ def protect_streams() -> None:
         setattr(sys, name, SafeStream(stream))
 
 
-def run_script(main: Callable[[], int], interrupt: signal.Handlers | Callable) -> NoReturn:
-    """Run a script's `main` with protected streams; exit with its code.
+@contextlib.contextmanager
+def script(interrupt: signal.Handlers | Callable) -> Iterator[None]:
+    """Run a script's work with protected streams, and end it without a traceback by Ctrl-C.
 
     interrupt: the handler of SIGINT, which the script has replaced while it imported modules.
     """
     protect_streams()
     signal.signal(signal.SIGINT, interrupt)
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor a traceback from Python's own end
-    sys.exit(code)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nor a traceback from Python's own end
 
 
 def progress_bar(total: int, name: str | None = None, start: int = 0) -> tqdm:
