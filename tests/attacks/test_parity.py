@@ -76,18 +76,18 @@ def test_no_part_of_torchattacks_autoattack_is_stronger(name, norm, net):
 
 @pytest.mark.parametrize(("norm", "share"), [("linf", 0.9), ("l2", 0.9), ("l1", 0.6)])
 def test_the_official_autoattack_is_not_stronger(norm, share, net):
-    """The standard set, image by image, up to six that a seed decides."""
+    """The standard set, image by image, up to four that a seed decides."""
     official = pytest.importorskip("pyautoattack", reason="needs pip install pyautoattack")
     x, y = batch(96, 2000)
     epsilon = share * RADIUS[norm]
     model, pixels = nn.Sequential(Normalise(), net).eval(), (x * STD + MEAN).clamp(0, 1)
     attack = official.AutoAttack(model, norm=norm.capitalize(), eps=epsilon, seed=0)
     for part in (attack.apgd, attack.apgd_targeted, attack.fab):
-        part.n_iter, part.n_target_classes = 25, 3
+        part.n_iter, part.n_target_classes = 50, CLASSES - 1
     attack.square.n_queries = 200
     fooled = share_fooled(model, attack.run_standard_evaluation(pixels, y, batch_size=96)[0], y)
     assert 0.2 < fooled.float().mean() < 0.9  # what is left of the images depends on the attack
-    suite = AutoAttack(norm=norm, epsilon=epsilon, pixels=PIXEL, steps=25, queries=200, targets=3)
+    suite = AutoAttack(norm=norm, epsilon=epsilon, pixels=PIXEL, steps=50, queries=200)
     fell = torch.tensor([name is not None for name in suite.run(net, x, y).fell_to])
     print(f"{norm}: official {fooled.sum()}, ours {fell.sum()} of {len(y)}")
-    assert (fooled & ~fell).sum() <= 6
+    assert (fooled & ~fell).sum() <= 4

@@ -126,10 +126,10 @@ def test_a_gradient_at_the_wrong_point_is_caught(start, kwargs, hint):
     assert start == RANDOM or hint in result.hint
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(20))
 def test_right_attacks_get_all_points_for_every_seed(seed):
-    for start in (BEGIN, RANDOM, CORNER, CLIPPED):
-        assert problems(whole(start), "attack", seed=seed) == {}
+    start = (BEGIN, RANDOM, CORNER, CLIPPED)[seed % 4]
+    assert problems(whole(start), "attack", seed=seed) == {}
 
 
 @pytest.mark.parametrize("start", [RANDOM, CORNER, CLIPPED])

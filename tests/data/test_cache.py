@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import time
 
@@ -184,8 +185,11 @@ def test_a_bad_image_leaves_no_file(root):
 def test_images_of_several_sizes_are_refused_by_name(root):
     name = MiniPlacesLoader(root).paths[7]
     save_image(root / "images" / name, np.zeros((60, 90, 3), np.uint8))
-    sizes = f"^{name} has 90×60 pixels and the first image 128×128: .*need images of one size$"
-    with pytest.raises(UserError, match=sizes):
+    line = (
+        f"{name} has 90×60 pixels and the first image 128×128: "
+        "--cache and reverse_attack need images of one size"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
         cached(root, "disk", workers=1)
 
 
