@@ -62,7 +62,8 @@ def read_record(name: str) -> dict:
     best = max(epochs, key=lambda row: row["val_top1_accuracy"])
     settings = config["arguments"]
     recipe = notes.get("recipe") or settings.get("recipe")
-    shape = Shape.load(config["shape"]) if config.get("shape") else SHAPES.get(recipe)
+    shape = config.get("shape") or notes.get("shape")
+    shape = Shape.load(shape) if shape else SHAPES.get(recipe)
     model = create_model(kind, data.get("classes", 100), shape=shape).eval()
     return {
         "name": name,
@@ -89,7 +90,7 @@ def read_record(name: str) -> dict:
 def version(kind: str, recipe: str | None, shape: Shape | None) -> str:
     """What distinguishes a SceneNet from one of the default recipe; empty for other networks."""
     if recipe:
-        return f", --recipe={recipe}"
+        return f", --recipe={recipe}" + (", earlier shape" if shape != SHAPES[recipe] else "")
     return ", first version" if kind == "scene_net" and shape is None else ""
 
 
