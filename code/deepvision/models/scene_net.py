@@ -67,8 +67,8 @@ class Shape:
 # By --recipe: one for a GPU, one for two cores of a CPU
 SHAPES = {
     "gpu": Shape((32, 64), (96, 192, 384), (2, 4, 3), blur=True, se=16, drop_path=0.0),
-    # Blurred pooling (a maximum of stride 1 writes an index of 8 bytes per value) and 64 channels in
-    # the stem took 40 % of a step on a CPU
+    # On a CPU, blurred pooling (a maximum of stride 1 writes an index of 8 bytes per value) and a
+    # stem of 64 channels took 40 % of a step
     "cpu": Shape((32,), depths=(1, 2, 3), se=0, drop_path=0.0),
 }
 
