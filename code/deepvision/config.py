@@ -30,7 +30,7 @@ DEFAULTS = {"lr": 0.1, "wd": 1e-4, "label_smoothing": 0.0, "cutmix": 0.0, "ema":
 DEFAULTS |= AUGMENTATION
 SCENE_NET = {"lr": 0.2, "wd": 5e-4, "label_smoothing": 0.1, "cutmix": 0.25, "ema": 0.05}
 SCENE_NET |= {"resolution": "112:0.6,128", "crop_area": 0.35, "rotation": 0.0, "warmup": 3}
-CPU = {"epochs": 28, "batch_size": 128, "warmup": 1.5, "cutmix": 0.0, "amp": "bf16"}
+CPU = {"epochs": 40, "batch_size": 128, "warmup": 1.5, "cutmix": 0.0, "amp": "bf16"}
 CPU |= {"resolution": "96:0.6,112:0.85,128"}
 RECIPES = {"gpu": SCENE_NET, "cpu": SCENE_NET | CPU}  # of SceneNet; other networks use DEFAULTS
 
