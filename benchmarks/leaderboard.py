@@ -33,7 +33,7 @@ RUNS = RESULTS / "runs"
 RECORDS = ("config.json", "metrics.jsonl", "evaluations.jsonl", "events.out.tfevents.*")
 SCALE = InputScale("255", IMAGENET_MEAN, IMAGENET_STD)
 PGD20 = describe(PGD(norm="linf", epsilon=4.0, steps=20, pixels=SCALE))
-FIRST = 4  # rows in the README
+FIRST = 5  # rows in the README
 HEAD = (
     "| network | training images | epochs | top-1 | top-5 | mirrored: top-1 | top-5 | "
     "assignment's attack | PGD-20, 4/255 | parameters | GFLOPs | time | device |"
@@ -59,6 +59,7 @@ def read_record(name: str) -> dict:
     run, notes = RUNS / name, read_json(RUNS / "notes.json").get(name, {})
     config, epochs = read_json(run / "config.json"), read_metrics(run / "metrics.jsonl")
     data, kind = config.get("data", {}), config.get("kind") or "torch_conv"
+    start = (config.get("history") or [config])[0]  # a resumed run's own command is --resume
     best = max(epochs, key=lambda row: row["val_top1_accuracy"])
     settings = config["arguments"]
     recipe = notes.get("recipe") or settings.get("recipe")
@@ -82,7 +83,7 @@ def read_record(name: str) -> dict:
         "device": config["device"],
         "commit": config.get("commit") or notes["commit"],
         "date": config.get("date") or notes["date"],
-        "command": config.get("command") or command_of(settings),
+        "command": start.get("command") or command_of(settings),
         **evaluated(read_jsonl(run / "evaluations.jsonl") + notes.get("evaluations", [])),
     }
 

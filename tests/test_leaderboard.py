@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,10 @@ def test_an_accuracy_is_that_of_the_most_images(leaderboard):
     found = leaderboard.evaluated(rows)
     assert (found["mirrored_top1"], found["mirrored_top1_images"]) == (3.0, 30)
     assert (found["mirrored_top5"], found["attacked_top1"], found["pgd20_top1"]) == (2.0, 5.0, 4.0)
+
+
+def test_the_command_of_a_resumed_run_is_the_one_that_started_it(leaderboard):
+    config = json.loads((leaderboard.RUNS / "scene_net_43k" / "config.json").read_text())
+    assert len(config["history"]) > 1 and "--resume" in config["command"]
+    command = leaderboard.read_record("scene_net_43k")["command"]
+    assert "--recipe=cpu" in command and "--resume" not in command
