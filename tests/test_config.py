@@ -94,7 +94,7 @@ def test_defaults_depend_on_the_network_and_named_values_override_them():
 def test_a_recipe_sets_what_the_command_line_does_not_name():
     config = parse(["data", "--use-scene-net", "--recipe=cpu", "-b=64", "--amp=off"])
     config = resolve_defaults(config, "scene_net")
-    assert config.augmentation["sizes"] == [96] * 17 + [112] * 7 + [128] * 4
+    assert config.augmentation["sizes"] == [96] * 24 + [112] * 10 + [128] * 6
     assert (config.batch_size, config.amp, config.warmup, config.wd) == (64, "off", 1.5, 5e-4)
     assert resolve_defaults(parse(["data"]), "torch_conv").augmentation is None
 
