@@ -59,9 +59,9 @@ def read_record(name: str) -> dict:
     run, notes = RUNS / name, read_json(RUNS / "notes.json").get(name, {})
     config, epochs = read_json(run / "config.json"), read_metrics(run / "metrics.jsonl")
     data, kind = config.get("data", {}), config.get("kind") or "torch_conv"
-    start = (config.get("history") or [config])[0]  # a resumed run's own command is --resume
     best = max(epochs, key=lambda row: row["val_top1_accuracy"])
     settings = config["arguments"]
+    history = config.get("history") or [config]  # the first part's settings name the network
     recipe = notes.get("recipe") or settings.get("recipe")
     shape = config.get("shape") or notes.get("shape")
     shape = Shape.load(shape) if shape else SHAPES.get(recipe)
@@ -83,7 +83,7 @@ def read_record(name: str) -> dict:
         "device": config["device"],
         "commit": config.get("commit") or notes["commit"],
         "date": config.get("date") or notes["date"],
-        "command": start.get("command") or command_of(settings),
+        "command": command_of(history[0]["arguments"]),
         **evaluated(read_jsonl(run / "evaluations.jsonl") + notes.get("evaluations", [])),
     }
 
@@ -110,7 +110,7 @@ def evaluated(rows: list[dict]) -> dict:
 
 
 def command_of(settings: dict) -> str:
-    """The command of a run that recorded its settings only."""
+    """A command with all settings of a run, whatever the recipes set later."""
     words = ["python", "main.py", settings["data_folder"]]
     for name, value in settings.items():
         if name in SETTINGS and name not in ("data_folder", "resume") and value != SETTINGS[name]:

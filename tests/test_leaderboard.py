@@ -39,8 +39,9 @@ def test_an_accuracy_is_that_of_the_most_images(leaderboard):
     assert (found["mirrored_top5"], found["attacked_top1"], found["pgd20_top1"]) == (2.0, 5.0, 4.0)
 
 
-def test_the_command_of_a_resumed_run_is_the_one_that_started_it(leaderboard):
+def test_the_command_of_a_resumed_run_starts_it_with_its_own_settings(leaderboard):
     config = json.loads((leaderboard.RUNS / "scene_net_43k" / "config.json").read_text())
     assert len(config["history"]) > 1 and "--resume" in config["command"]
     command = leaderboard.read_record("scene_net_43k")["command"]
-    assert "--recipe=cpu" in command and "--resume" not in command
+    assert {"--use-scene-net", "--recipe=cpu", "--epochs=28"} <= set(command.split())
+    assert "--resume" not in command
