@@ -358,14 +358,8 @@ for name in ("simplejpeg", "matplotlib", "jinja2", "fpdf", "gdown"):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP reports its settings")
-@pytest.mark.parametrize(
-    ("module", "given", "used"),
-    [
-        ("main", None, "PASSIVE"),
-        ("main", "active", "ACTIVE"),
-        ("reverse_attack.train", None, "PASSIVE"),
-    ],
-)
+@pytest.mark.parametrize("module", ["main", "reverse_attack.train"])
+@pytest.mark.parametrize("given, used", [(None, "PASSIVE"), ("active", "ACTIVE")])
 def test_waiting_threads_sleep_unless_the_user_has_set_otherwise(module, given, used):
     env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     env |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": given} if given else {})

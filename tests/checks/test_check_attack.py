@@ -126,7 +126,7 @@ def test_a_gradient_at_the_wrong_point_is_caught(start, kwargs, hint):
     assert start == RANDOM or hint in result.hint
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(24))
 def test_right_attacks_get_all_points_for_every_seed(seed):
     start = (BEGIN, RANDOM, CORNER, CLIPPED)[seed % 4]
     assert problems(whole(start), "attack", seed=seed) == {}
